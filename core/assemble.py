@@ -1,0 +1,521 @@
+"""Config and descriptors -> plan -> parts.  The only file that knows both sides.
+
+`resolve` decides everything and builds nothing: it needs no device and no weights, and every reason
+against the configuration is collected before it raises.  `build_engine` then builds what the plan
+names, in the order in which the parts need one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pydantic
+
+from core.engine import EngineCore
+from core.errors import ConfigError, PlanError, PluginNotFoundError
+from core.events import EventBus
+from core.interfaces import Executor, KVCache, Scheduler, missing_members
+from core.pluginhost import PluginHost, PluginSelection, Selected, discover
+from core.registry import AttentionEntry, Registered, Registry, Requirements
+from core.request import RequestLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from core.config import EngineConfig
+    from core.interfaces import AttentionBackend, QuantScheme, Sampler
+    from core.messages import OutputBatch
+    from core.model.spec import ModelSpec
+
+DEFAULT_PLUGINS: Final = ("core.builtin", "attention.torch", "observe.log")
+"""Active unless `--plugins` names their kind or blocks them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A part that was chosen, and why."""
+
+    kind: str
+    registered: Registered
+    why: str
+
+    @property
+    def name(self) -> str:
+        """The descriptor's name."""
+        return self.registered.descriptor.name
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that was decided, as frozen data.  Every rank rebuilds its parts from it."""
+
+    config: EngineConfig
+    model: ModelSpec
+    model_path: str
+    device: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    weight_bytes: int
+    """Bytes of the weights on all ranks together."""
+    kv_bytes_per_token: int
+    choices: Mapping[str, Choice]
+    """By kind."""
+    plugins: tuple[Selected, ...]
+    settings: Mapping[str, Any]
+    """Bound settings of each plugin that has any, by plugin name."""
+    notes: tuple[str, ...] = ()
+    """What was decided for the user, worth a line at start."""
+
+    def factory(self, kind: str) -> Callable[..., Any]:
+        """Return the factory of the part chosen for a kind."""
+        return self.choices[kind].registered.descriptor.factory
+
+    def cache_identity(self) -> bytes:
+        """State what two KV blocks must have in common before their tokens are compared."""
+        identity = [self.model.to_dict(), self.model_path, self.dtype, self.config.kv_cache_dtype]
+        return json.dumps(identity, sort_keys=True).encode()
+
+    def limits(self, num_blocks: int) -> RequestLimits:
+        """Make the caps on requests, once the KV pool has `num_blocks` usable blocks."""
+        return RequestLimits(
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.max_model_len,
+            max_kv_tokens=num_blocks * self.block_size,
+            max_n=self.config.max_n,
+            max_logprobs=self.config.max_logprobs,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the same on every rank."""
+        return {
+            "config": self.config.to_dict(),
+            "model": self.model.to_dict(),
+            "model_path": self.model_path,
+            "device": self.device,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "block_size": self.block_size,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "choices": {
+                kind: {
+                    "name": choice.name,
+                    "plugin": choice.registered.plugin,
+                    "distribution": choice.registered.distribution,
+                    "why": choice.why,
+                }
+                for kind, choice in self.choices.items()
+            },
+            "plugins": [{"name": plugin.name, "why": plugin.reason} for plugin in self.plugins],
+            "notes": list(self.notes),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the plan, which ranks compare before they start."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def render(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
+        """Sections of (what, value, why) for people."""
+        model, config = self.model, self.config
+        shape = (
+            f"{model.num_layers} layers, hidden {model.hidden_size}, "
+            f"{model.num_heads} heads over {model.num_kv_heads} KV heads of {model.head_dim}"
+        )
+        pool = "measured at start" if config.num_kv_blocks is None else f"{config.num_kv_blocks} blocks"
+        return [
+            (
+                "model",
+                [
+                    ("checkpoint", self.model_path, config.origin_of("model")),
+                    ("family", model.model_type, shape),
+                    ("dtype", self.dtype, config.origin_of("dtype")),
+                    ("device", self.device, config.origin_of("device")),
+                    (
+                        "context length",
+                        f"{self.max_model_len} tokens",
+                        config.origin_of("max_model_len"),
+                    ),
+                ],
+            ),
+            (
+                "memory",
+                [
+                    ("weights", _format_bytes(self.weight_bytes), "over all ranks"),
+                    ("KV cache", f"{_format_bytes(self.kv_bytes_per_token)} per token", pool),
+                    ("block size", f"{self.block_size} tokens", config.origin_of("block_size")),
+                ],
+            ),
+            (
+                "parts",
+                [
+                    (kind, f"{choice.name} ({choice.registered.plugin})", choice.why)
+                    for kind, choice in self.choices.items()
+                ],
+            ),
+            ("plugins", [(plugin.name, "active", plugin.reason) for plugin in self.plugins]),
+            ("notes", [("", note, "") for note in self.notes]),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A plan and the host of the plugins that it was made with."""
+
+    host: PluginHost
+    registry: Registry
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an executor is made of, on one rank."""
+
+    attention: AttentionBackend
+    scheme: QuantScheme
+    sampler: Sampler
+    rank: int = 0
+
+
+# --- deciding --------------------------------------------------------------------------------------
+
+
+def make_plan(config: EngineConfig) -> Plan:
+    """Decide everything that a configuration leaves open, without a device and without weights.
+
+    :raises CytheraError: see `resolve`.
+    """
+    return resolve(config).plan
+
+
+def resolve(config: EngineConfig) -> Assembly:
+    """Select and start the plugins, then choose every part.
+
+    :raises PluginError: a plugin is unknown, broken or in conflict.
+    :raises CheckpointError: the checkpoint's config cannot be read or is not supported.
+    :raises PlanError: the parts cannot work together; lists every reason.
+    """
+    entries = discover()
+    selected = PluginSelection.parse(config.plugins).resolve(
+        entries, defaults=DEFAULT_PLUGINS, needed=_needed_plugins(config)
+    )
+    host = PluginHost.start(selected, entries)
+    settings = _bind_settings(host, config)
+    registry = host.collect()
+    draft = _Draft(config, host, registry)
+    plan = draft.make_plan(selected, settings)
+    objections = [*draft.objections, *host.check_plan(plan)]
+    if objections:
+        raise PlanError(objections)
+    return Assembly(host, registry, plan)
+
+
+def _needed_plugins(config: EngineConfig) -> dict[str, str]:
+    """Plugins that other settings ask for, and by which setting: sugar over `--plugins`."""
+    needed = {}
+    if config.attention_backend != "auto":
+        needed[f"attention.{config.attention_backend}"] = (
+            f"--attention-backend {config.attention_backend}"
+        )
+    if config.quantization not in (None, "none"):
+        needed[f"quant.{config.quantization}"] = f"--quantization {config.quantization}"
+    if config.tensor_parallel_size > 1:
+        needed["parallel.tp"] = f"--tensor-parallel-size {config.tensor_parallel_size}"
+    if config.pipeline_parallel_size > 1:
+        needed["parallel.pp"] = f"--pipeline-parallel-size {config.pipeline_parallel_size}"
+    return needed
+
+
+def _bind_settings(host: PluginHost, config: EngineConfig) -> dict[str, Any]:
+    """Make each plugin's settings from its table of the configuration.
+
+    :raises ConfigError: a table belongs to no active plugin, or does not fit; lists everything.
+    """
+    types = host.register_settings()
+    problems = [
+        f"[plugins.{name!r}]: no active plugin of that name has settings (those that have: "
+        f"{', '.join(sorted(types)) or 'none'})"
+        for name in config.plugin_settings
+        if name not in types
+    ]
+    settings = {}
+    for name, kind in types.items():
+        table = config.plugin_settings.get(name, {})
+        known = [item.name for item in dataclasses.fields(kind)]
+        problems += [
+            f"[plugins.{name!r}] {key}: unknown setting; known are {', '.join(known)}"
+            for key in table
+            if key not in known
+        ]
+        try:
+            settings[name] = pydantic.TypeAdapter(kind).validate_python(table)
+        except pydantic.ValidationError as error:
+            problems += [
+                f"[plugins.{name!r}] {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+                for e in error.errors()
+            ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings
+
+
+class _Draft:
+    """A plan in the making: collects objections instead of stopping at the first."""
+
+    def __init__(self, config: EngineConfig, host: PluginHost, registry: Registry) -> None:
+        from core.model.families import load_hf_config  # noqa: PLC0415  imports transformers
+
+        self.config = config
+        self.host = host
+        self.registry = registry
+        self.objections: list[str] = []
+        self.notes: list[str] = []
+        self.choices: dict[str, Choice] = {}
+        self.hf_config = load_hf_config(config.model, config.revision)
+        self.model = self._read_model()
+        self.device = _resolve_device(config.device)
+        self.dtype = _resolve_dtype(config.dtype, self.hf_config)
+        self.requirements = self._make_requirements()
+
+    def make_plan(self, plugins: tuple[Selected, ...], settings: Mapping[str, Any]) -> Plan:
+        self._choose_quantizer()
+        self._choose_attention()
+        for kind in ("scheduler", "kv_cache", "executor", "sampler"):
+            self._choose_named(kind, getattr(self.config, kind))
+        if self.objections:  # the rest of the plan needs every part
+            raise PlanError(self.objections)
+        return Plan(
+            config=self.config,
+            model=self.model,
+            model_path=self.config.model,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self._resolve_max_model_len(),
+            block_size=self._resolve_block_size(),
+            weight_bytes=self.model.num_parameters() * _DTYPE_BYTES[self.dtype],
+            kv_bytes_per_token=self._kv_bytes_per_token(),
+            choices=self.choices,
+            plugins=plugins,
+            settings=settings,
+            notes=tuple(self.notes),
+        )
+
+    # --- the model ---
+
+    def _read_model(self) -> ModelSpec:
+        model_type = self.hf_config.model_type
+        # The newest registration wins, so that a plugin can take a family over.
+        readers = [r for r in self.registry.all("model") if model_type in r.descriptor.model_types]
+        outside = [r for r in readers if r.plugin != "core.builtin"]
+        chosen = (outside or readers or [None])[0]
+        if chosen is None:
+            known = sorted({t for r in self.registry.all("model") for t in r.descriptor.model_types})
+            objection = (
+                f"model_type {model_type!r} of {self.config.model} is read by no active plugin; "
+                f"known are {', '.join(known)}; a plugin can add it with core_register_models"
+            )
+            raise PlanError([objection])
+        why = f"reads model_type {model_type!r}"
+        self.choices["model"] = Choice("model", chosen, why)
+        spec: ModelSpec = chosen.descriptor.factory(self.hf_config)
+        return spec
+
+    def _make_requirements(self) -> Requirements:
+        model, config = self.model, self.config
+        quantization = getattr(self.hf_config, "quantization_config", None) or {}
+        if not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
+        return Requirements(
+            device=self.device.partition(":")[0],
+            dtype=self.dtype,
+            head_dims=frozenset({model.head_dim}),
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            kv_cache_dtype=config.kv_cache_dtype,
+            has_window=any(layer.window is not None for layer in model.layers),
+            has_softcap=model.attention_softcap is not None,
+            block_size=config.block_size,
+            quantization=config.quantization or quantization.get("quant_method"),
+            quantization_config=quantization,
+            model_type=model.model_type,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+        )
+
+    # --- the parts ---
+
+    def _choose_named(self, kind: str, name: str) -> None:
+        """Take the part that the configuration names; `auto` takes the first that can serve."""
+        if name == "auto":
+            self._choose_auto(kind, self.registry.all(kind))
+            return
+        try:
+            registered = self.registry.get(kind, name)
+        except PluginNotFoundError as error:
+            self.objections.append(str(error))
+            return
+        reasons = registered.descriptor.unsupported(self.requirements)
+        self.objections += [f"{registered.plugin}: {reason}" for reason in reasons]
+        self.choices[kind] = Choice(kind, registered, self._origin(kind))
+
+    def _origin(self, kind: str) -> str:
+        field = "attention_backend" if kind == "attention" else kind
+        return self.config.origin_of(field)
+
+    def _choose_auto(self, kind: str, candidates: list[Registered]) -> None:
+        able, reasons = [], []
+        for candidate in candidates:
+            problems = candidate.descriptor.unsupported(self.requirements)
+            reasons += [f"{candidate.plugin}: {problem}" for problem in problems]
+            if not problems:
+                able.append(candidate)
+        if not able:
+            self.objections += reasons or [f"no active plugin provides any {kind}"]
+            return
+        name = self.host.select_backend(kind, able, self.requirements)
+        if name is not None:
+            chosen = next(c for c in able if c.descriptor.name == name)
+            why = "chosen by a plugin (core_select_backend)"
+        else:
+            chosen = max(able, key=lambda c: getattr(c.descriptor, "priority", 0))
+            why = "the only one that can serve" if len(able) == 1 else "highest priority of those able"
+        self.choices[kind] = Choice(kind, chosen, why)
+
+    def _choose_attention(self) -> None:
+        self._choose_named("attention", self.config.attention_backend)
+
+    def _choose_quantizer(self) -> None:
+        method = self.requirements.quantization
+        stored = self.requirements.quantization_config.get("quant_method")
+        if method in (None, "none") and stored is None:
+            self.choices["quant"] = Choice("quant", self.registry.get("quant", "none"), "not quantized")
+            return
+        able = [
+            r
+            for r in self.registry.all("quant")
+            if method in (r.descriptor.name, *r.descriptor.methods)
+        ]
+        if not able:
+            self.objections.append(
+                f"the checkpoint is quantized with {method!r}, which no active plugin reads; "
+                f"name one with --plugins"
+            )
+            return
+        reasons = able[0].descriptor.unsupported(self.requirements)
+        self.objections += [f"{able[0].plugin}: {reason}" for reason in reasons]
+        why = "stated by the checkpoint" if stored else self.config.origin_of("quantization")
+        self.choices["quant"] = Choice("quant", able[0], why)
+
+    # --- sizes ---
+
+    def _resolve_block_size(self) -> int:
+        entry = self.choices["attention"].registered.descriptor
+        asked = self.config.block_size
+        if not isinstance(entry, AttentionEntry):
+            return asked or 16
+        if asked is not None and entry.block_sizes and asked not in entry.block_sizes:
+            sizes = ", ".join(map(str, entry.block_sizes))
+            self.objections.append(
+                f"attention.{entry.name}: --block-size {asked} is not one of its sizes ({sizes})"
+            )
+        return asked or entry.default_block_size
+
+    def _resolve_max_model_len(self) -> int:
+        asked, limit = self.config.max_model_len, self.model.max_position
+        if asked is not None and asked > limit:
+            self.objections.append(f"--max-model-len {asked} is beyond the model's {limit} positions")
+        return asked or limit
+
+    def _kv_bytes_per_token(self) -> int:
+        model = self.model
+        return 2 * model.num_layers * model.num_kv_heads * model.head_dim * _DTYPE_BYTES[self.dtype]
+
+
+_DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch  # noqa: PLC0415  only to ask for a GPU
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _resolve_dtype(dtype: str, hf_config: Any) -> str:
+    if dtype != "auto":
+        return dtype
+    stored = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None)
+    name = str(stored or "float32").removeprefix("torch.")
+    return name if name in _DTYPE_BYTES else "float32"
+
+
+def _format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+# --- building --------------------------------------------------------------------------------------
+
+
+def make_parts(plan: Plan, rank: int = 0) -> Parts:
+    """Build what an executor is made of, on one rank."""
+    return Parts(
+        attention=plan.factory("attention")(plan),
+        scheme=plan.factory("quant")(plan),
+        sampler=plan.factory("sampler")(plan),
+        rank=rank,
+    )
+
+
+def build_engine(assembly: Assembly, outbox: Callable[[OutputBatch], None]) -> EngineCore:
+    """Build and load everything that a plan names; the engine can step when this returns.
+
+    :raises CytheraError: a part cannot be built, breaks its contract, or does not fit.
+    """
+    host, plan = assembly.host, assembly.plan
+    host.worker_started(0, plan.device)
+    executor = host.make_executor(plan, 0, lambda: _make(plan, Executor, "executor", make_parts(plan)))
+    try:
+        executor.load()
+        num_blocks = executor.kv_capacity()
+        executor.allocate(num_blocks)
+        kv_cache = host.make_kv_cache(
+            plan, num_blocks, lambda: _make(plan, KVCache, "kv_cache", num_blocks)
+        )
+        scheduler = host.make_scheduler(
+            plan, kv_cache, lambda: _make(plan, Scheduler, "scheduler", kv_cache)
+        )
+        bus = EventBus(host.subscribe(plan))
+    except BaseException:
+        executor.close()
+        raise
+    engine = EngineCore(
+        scheduler=scheduler,
+        kv_cache=kv_cache,
+        executor=executor,
+        bus=bus,
+        outbox=outbox,
+        on_stop=host.engine_stopping,
+    )
+    host.engine_started(engine)
+    return engine
+
+
+def _make(plan: Plan, protocol: type, kind: str, *arguments: Any) -> Any:
+    """Build the part that the plan names, and check it against its Protocol, once.
+
+    :raises PlanError: listing everything that is missing.
+    """
+    part = plan.factory(kind)(plan, *arguments)
+    problems = missing_members(part, protocol)
+    if problems:
+        raise PlanError([f"{kind} {plan.choices[kind].name}: {problem}" for problem in problems])
+    return part

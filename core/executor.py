@@ -1,0 +1,304 @@
+"""One rank: loads the model, runs steps, owns everything that lives on the device."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.batch import BatchState, StepBatch
+from core.errors import CapacityError
+from core.interfaces import KVCacheSpec
+from core.model.decoder import make_decoder
+from core.model.weights import load_dummy, load_weights
+from core.sampling import LogprobTensors, SampleRows, gather_logprobs
+from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from core.assemble import Parts, Plan
+    from core.sampling import Sampled
+
+_CPU_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the KV cache
+_LOGIT_ROWS = 256  # prompt positions whose logits exist at one time
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Log-probabilities of a chunk of one prompt."""
+
+    index: int
+    """Of the scheduled row."""
+    first: int
+    """Position of the first token that it predicts."""
+    token_ids: list[int]
+    num_top: int
+    tensors: LogprobTensors
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step whose results may still be on their way to the host."""
+
+    plan: StepPlan
+    sampling: list[int] = field(default_factory=list)
+    """Indices of the scheduled rows that sample."""
+    tokens: torch.Tensor | None = None
+    logprobs: LogprobTensors | None = None
+    prompt_logprobs: list[_Chunk] = field(default_factory=list)
+    entries: dict[int, RowEntry] = field(default_factory=dict)
+    """Of the sampling rows that asked for log-probabilities, by index of the scheduled row: the row
+    may belong to another request when the step comes back."""
+    done: torch.cuda.Event | None = None
+    error: Exception | None = None
+
+
+class TorchExecutor:
+    """Fulfils `core.interfaces.Executor` on one device with plain torch.
+
+    :param plan: the resolved plan.
+    :param parts: attention backend, quantization scheme and sampler, built from the same plan.
+    """
+
+    def __init__(self, plan: Plan, parts: Parts) -> None:
+        self.device = torch.device(plan.device)
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        is_cpu = self.device.type == "cpu"
+        self.max_in_flight = plan.config.max_in_flight or (1 if is_cpu else 2)
+        self._plan = plan
+        self._attention = parts.attention
+        self._sampler = parts.sampler
+        self._entries: dict[int, RowEntry] = {}  # who sits in each row
+        self._launched: deque[_Launched] = deque()
+        self._decoder = make_decoder(
+            plan.model,
+            scheme=parts.scheme,
+            attention=parts.attention,
+            dtype=self.dtype,
+            device=self.device,
+            max_len=plan.max_model_len,
+        )
+        self._state = BatchState(
+            plan.config.max_num_seqs, plan.max_model_len, plan.block_size, self.device
+        )
+
+    # --- start ---
+
+    def load(self) -> None:
+        """Bring the weights to the device."""
+        if self._plan.config.load_format == "dummy":
+            load_dummy(self._decoder, self._plan.config.seed)
+        else:
+            load_weights(self._decoder, self._plan.model_path, device=self.device)
+
+    def kv_capacity(self) -> int:
+        """Measure how many KV blocks fit, the null block included.
+
+        :raises CapacityError: not even one sequence of the context length fits.
+        """
+        config = self._plan.config
+        if config.num_kv_blocks is not None:
+            return config.num_kv_blocks + 1
+        per_block = self._attention.cache_bytes_per_block(self._cache_spec(1))
+        budget = config.kv_cache_memory_bytes or self._free_bytes()
+        num_blocks = min(int(budget) // per_block, self._most_useful_blocks())
+        needed = -(-self._plan.max_model_len // self._plan.block_size) + 1
+        if num_blocks < needed:
+            raise CapacityError(
+                f"a sequence of {self._plan.max_model_len} tokens needs {needed} KV blocks of {per_block} "
+                f"bytes, but {int(budget)} bytes hold {num_blocks}; lower --max-model-len, or raise "
+                f"--kv-cache-memory-bytes or --gpu-memory-utilization"
+            )
+        return num_blocks
+
+    def allocate(self, num_blocks: int, /) -> None:
+        """Allocate the KV cache and the rows' sampling state."""
+        self._attention.allocate_cache(self._cache_spec(num_blocks))
+        self._sampler.allocate(
+            self._plan.config.max_num_seqs,
+            self._plan.model.vocab_size,
+            self._plan.max_model_len,
+            self.device,
+        )
+
+    def close(self) -> None:
+        """Forget the steps in flight."""
+        self._launched.clear()
+        self._entries.clear()
+
+    def _cache_spec(self, num_blocks: int) -> KVCacheSpec:
+        model = self._plan.model
+        return KVCacheSpec(
+            num_layers=model.num_layers,
+            num_blocks=num_blocks,
+            block_size=self._plan.block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def _most_useful_blocks(self) -> int:
+        per_sequence = -(-self._plan.max_model_len // self._plan.block_size)
+        return per_sequence * self._plan.config.max_num_seqs + 1
+
+    def _free_bytes(self) -> int:
+        """Bytes that the KV cache may take when nobody set a size."""
+        if self.device.type != "cuda":
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return int(total * _CPU_MEMORY_SHARE)
+        peak = self._measure_activations()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        used_by_all = total - free - reusable
+        sampler = self._sampler.memory_bytes(
+            self._plan.config.max_num_seqs, self._plan.model.vocab_size, self.device
+        )
+        allowed = int(total * self._plan.config.gpu_memory_utilization)
+        return allowed - used_by_all - peak - sampler
+
+    def _measure_activations(self) -> int:
+        """Bytes that the largest step needs beyond the weights, by running it."""
+        config = self._plan.config
+        count = min(config.max_num_batched_tokens, self._plan.max_model_len)
+        num_rows = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // count))
+        self._attention.allocate_cache(self._cache_spec(2))
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        plan = StepPlan(0, rows=list(range(num_rows)), starts=[0] * num_rows, counts=[count] * num_rows)
+        with torch.inference_mode():
+            hidden = self._forward(self._state.make_batch(plan))
+            self._decoder.logits(hidden[: config.max_num_seqs])
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    # --- steps ---
+
+    def submit(self, plan: StepPlan, /) -> None:
+        """Launch one step; what it raises is raised by `collect`."""
+        launched = _Launched(plan)
+        self._launched.append(launched)
+        try:
+            with torch.inference_mode():
+                self._launch(launched)
+        except Exception as error:  # noqa: BLE001  kept for collect, so that steps stay in order
+            launched.error = error
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step in flight."""
+        launched = self._launched.popleft()
+        if launched.error is not None:
+            raise launched.error
+        if launched.done is not None:
+            launched.done.synchronize()
+        return _to_result(launched)
+
+    def _launch(self, launched: _Launched) -> None:
+        plan = launched.plan
+        for entry in plan.added:
+            self._entries[entry.row] = entry
+            self._sampler.add(entry)
+        self._state.update(plan)
+        batch = self._state.make_batch(plan)
+        hidden = self._forward(batch)
+        self._launch_prompt_logprobs(launched, hidden)
+        launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
+        if launched.sampling:
+            self._launch_sampling(launched, batch, hidden)
+        if self.device.type == "cuda":
+            launched.done = torch.cuda.Event()
+            launched.done.record(torch.cuda.current_stream(self.device))
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        meta = self._attention.prepare(batch)
+        hidden: torch.Tensor = self._decoder.forward(batch.token_ids, batch.positions, meta)
+        return hidden
+
+    def _launch_sampling(self, launched: _Launched, batch: StepBatch, hidden: torch.Tensor) -> None:
+        plan, sampling = launched.plan, launched.sampling
+        row_list = [plan.rows[index] for index in sampling]
+        last = batch.query_starts[1:].long() - 1
+        rows, positions = batch.rows, batch.seq_lens.long()
+        if len(sampling) < batch.num_rows:
+            chosen = torch.tensor(sampling).to(self.device, non_blocking=True)
+            last, rows, positions = last[chosen], rows[chosen], positions[chosen]
+        logits = self._decoder.logits(hidden[last])
+        sampled: Sampled = self._sampler.sample(logits, SampleRows(rows, positions, row_list))
+        self._state.store(rows, positions, sampled.tokens)
+        launched.tokens = self._to_host(sampled.tokens)
+        if sampled.logprobs is not None:
+            launched.logprobs = LogprobTensors(*map(self._to_host, sampled.logprobs))
+            for index, row in zip(sampling, row_list, strict=True):
+                if self._entries[row].params.logprobs is not None:
+                    launched.entries[index] = self._entries[row]
+
+    def _launch_prompt_logprobs(self, launched: _Launched, hidden: torch.Tensor) -> None:
+        plan, offset = launched.plan, 0
+        for index, (row, first) in enumerate(zip(plan.rows, plan.starts, strict=True)):
+            entry, count = self._entries[row], plan.counts[index]
+            num_top = entry.params.prompt_logprobs
+            if num_top is not None:
+                # Position p predicts the token at p + 1, which must still be part of the prompt.
+                last = min(first + count, entry.num_prompt - 1)
+                targets = entry.token_ids[first + 1 : last + 1]
+                if targets:
+                    tensors = self._logprobs_of(
+                        hidden[offset : offset + len(targets)], targets, num_top
+                    )
+                    chunk = _Chunk(index, first + 1, targets, num_top, tensors)
+                    launched.prompt_logprobs.append(chunk)
+            offset += count
+
+    def _logprobs_of(self, hidden: torch.Tensor, targets: list[int], num_top: int) -> LogprobTensors:
+        """Report on some positions; their logits exist for a few of them at a time only."""
+        token_ids = torch.tensor(targets).to(self.device, non_blocking=True)
+        parts = [
+            gather_logprobs(self._decoder.logits(rows), ids, num_top)
+            for rows, ids in zip(hidden.split(_LOGIT_ROWS), token_ids.split(_LOGIT_ROWS), strict=True)
+        ]
+        return LogprobTensors(
+            *(self._to_host(torch.cat(columns)) for columns in zip(*parts, strict=True))
+        )
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def _to_result(launched: _Launched) -> StepResult:
+    plan = launched.plan
+    tokens = [NO_TOKEN] * len(plan.rows)
+    if launched.tokens is not None:
+        for index, token in zip(launched.sampling, launched.tokens.tolist(), strict=True):
+            tokens[index] = token
+    result = StepResult(plan.step, tokens, {}, {})
+    if launched.logprobs is not None:
+        drawn = [tokens[index] for index in launched.sampling]
+        entries = {index: entry.params.logprobs or 0 for index, entry in launched.entries.items()}
+        records = _records(launched.logprobs, drawn, [entries.get(i, 0) for i in launched.sampling])
+        for index, record in zip(launched.sampling, records, strict=True):
+            if index in entries:
+                result.logprobs[index] = record
+    for chunk in launched.prompt_logprobs:
+        records = _records(chunk.tensors, chunk.token_ids, [chunk.num_top] * len(chunk.token_ids))
+        result.prompt_logprobs[chunk.index] = PromptLogprobs(chunk.first, list(records))
+    return result
+
+
+def _records(
+    tensors: LogprobTensors, token_ids: list[int], num_top: list[int]
+) -> Iterator[TokenLogprobs]:
+    columns = (tensor.tolist() for tensor in tensors)
+    for token_id, count, logprob, rank, top_ids, top_logprobs in zip(
+        token_ids, num_top, *columns, strict=True
+    ):
+        yield TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count])

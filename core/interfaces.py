@@ -1,0 +1,490 @@
+"""The Protocols that the engine's loop calls, and the small records that they exchange.
+
+Hooks build these objects once; from then on only these methods run.  Arguments are positional.
+Each docstring says what a method mutates, its shapes and units, and what it raises.  Assembly
+checks an object against its Protocol once, with `inspect.signature`; the loop checks nothing.
+
+Shapes: T tokens of a step, S scheduled rows, H query heads, G key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+    from core.batch import StepBatch
+    from core.events import Event
+    from core.request import FinishReason, Request
+    from core.sampling import Sampled, SampleRows
+    from core.step import PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
+
+
+# --- KV bookkeeping (host only) -------------------------------------------------------------------
+
+
+@runtime_checkable
+class BlockAllocator(Protocol):
+    """Hands out fixed-size blocks of KV positions by number, and counts who holds them.
+
+    Block 0 is the null block: never handed out, never freed, a placeholder for padding.
+    """
+
+    num_blocks: int
+    """Blocks of the pool, the null block included."""
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without a holder: what `allocate` can still give."""
+
+    def allocate(self, count: int, /) -> list[int]:
+        """Take `count` blocks off the free queue, least recently released first; one holder each.
+
+        :raises OutOfBlocksError: fewer are free; nothing was taken then.
+        """
+
+    def share(self, block_ids: Sequence[int], /) -> None:
+        """Add one holder to each block.  A free block leaves the free queue, its content intact.
+
+        :raises IntegrityError: an id is out of range or the null block; nothing changed then.
+        """
+
+    def release(self, block_ids: Sequence[int], /, *, keep: bool = True) -> None:
+        """Take one holder from each block, in the given order; without holders it becomes free.
+
+        :param keep: its content may be wanted again, so it is reused last; `False` puts it first.
+        :raises IntegrityError: a block would lose more holders than it has (one block twice in
+            one call counts twice); nothing changed then.
+        """
+
+    def num_holders(self, block_id: int, /) -> int:
+        """Holders of one block."""
+
+    def check_integrity(self) -> None:
+        """Check that free + held = total and no block is in two places.
+
+        :raises IntegrityError: naming the law that does not hold.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class KVStats:
+    """A snapshot of the KV pool."""
+
+    num_blocks: int
+    """Usable blocks (the null block is not)."""
+    num_used: int
+    """Held by at least one request."""
+    num_cached: int
+    """Without holder, but with content that a later prompt can reuse."""
+    num_queries: int
+    """Prompt tokens looked up in the prefix cache since the start."""
+    num_hits: int
+    """Prompt tokens found there."""
+    num_evictions: int
+    fragmentation: float
+    """Share of the held positions that no token occupies, 0 to 1: the unfilled ends of tables."""
+
+    @property
+    def usage(self) -> float:
+        """Share of the pool that requests hold, 0 to 1."""
+        return self.num_used / self.num_blocks if self.num_blocks else 0.0
+
+
+@runtime_checkable
+class KVCache(Protocol):
+    """Block tables and prefix cache.  The only writer of `block_ids` and `block_digests`."""
+
+    block_size: int
+    """Positions in one block."""
+    num_blocks: int
+    """Usable blocks, without the null block."""
+    record_events: bool
+    """Whether to keep events for `drain_events`; set once, before the first request."""
+
+    def lookup(self, request: Request, /) -> int:
+        """Give a request without blocks the longest cached prefix; return its length in tokens.
+
+        At most `num_tokens - 1`, so that something is left to compute, and a multiple of the block
+        size.  Appends the shared blocks to its table; does not touch its progress counters.
+        """
+
+    def reserve(self, request: Request, num_tokens: int, /) -> bool:
+        """Grow the table until it covers `num_tokens` positions; whether there were enough blocks.
+
+        Appends only: a block in a table never moves.  On `False` nothing has changed.
+        """
+
+    def commit(self, request: Request, /) -> None:
+        """Publish every full block within `request.num_confirmed` for reuse by later prompts."""
+
+    def free(self, request: Request, /) -> None:
+        """Release all blocks of a request and empty its table; harmless without blocks."""
+
+    def can_ever_fit(self, num_tokens: int, /) -> bool:
+        """Whether the whole pool, all to itself, would hold `num_tokens` positions."""
+
+    def reset(self) -> None:
+        """Forget all cached prefixes, for example because a failed step half-wrote them."""
+
+    def stats(self) -> KVStats:
+        """Count right now."""
+
+    def drain_events(self) -> list[Event]:
+        """Return and forget the events since the last call; empty unless `record_events` was set."""
+
+    def check_integrity(self, requests: Iterable[Request], /) -> None:
+        """Check pool and cache against the tables of all requests that hold blocks.
+
+        :raises IntegrityError: naming the law that does not hold.
+        """
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What one step meant for its requests, as one record: parallel lists, not objects per token."""
+
+    requests: list[Request] = field(default_factory=list)
+    """Those that got a token, in scheduled order."""
+    tokens: list[int] = field(default_factory=list)
+    """One for each of `requests`."""
+    finished: list[Request] = field(default_factory=list)
+    """Those that ended in this step, with or without a last token."""
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    """By request id, for those that asked."""
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
+    """By request id, for those that asked and whose prompt advanced."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """By request id, for those that ended with an error."""
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """Decides what each step computes, and owns every request that has not ended."""
+
+    record_events: bool
+    """Whether to keep events for `drain_events`; set once, before the first request."""
+
+    def add(self, request: Request, /) -> None:
+        """Queue a legal request.
+
+        :raises InvalidRequestError: its id is in use.
+        :raises RequestTooLargeError: it could never fit into the pool.
+        """
+
+    def finish(self, request_id: str, reason: FinishReason, /) -> Request | None:
+        """End a request from outside at any moment; its blocks are free when this returns.
+
+        :return: the request, or `None` if there is none of that id (any more).
+        """
+
+    def plan(self) -> StepPlan | None:
+        """Choose the next step, or `None` if nothing can be computed now.
+
+        May be called again before the last result came back.
+        """
+
+    def apply(self, result: StepResult, /) -> StepOutputs:
+        """Take in the result of the oldest plan not yet applied.
+
+        Rows whose request has ended or was preempted and restarted since then are passed over.
+        """
+
+    def fail(self, error: str, /) -> StepOutputs:
+        """End every request that the steps in flight scheduled, and forget those steps."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold none."""
+
+    def drain_events(self) -> list[Event]:
+        """Return and forget the events since the last call; empty unless `record_events` was set."""
+
+    def open_requests(self) -> Iterable[Request]:
+        """All requests that have not ended."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs steps on devices.  Results come back in the order of submission.
+
+    Two methods instead of one call per step, so that step n + 1 can be launched before the host
+    has seen the result of step n.
+    """
+
+    max_in_flight: int
+    """Steps that may be submitted and not yet collected; 1 means no overlap."""
+
+    def load(self) -> None:
+        """Bring the weights to the device.
+
+        :raises CheckpointError: the checkpoint does not hold what its config promises.
+        """
+
+    def kv_capacity(self) -> int:
+        """Measure how many KV blocks fit, the null block included.  Call after `load`.
+
+        :raises CapacityError: not even one sequence of the context length fits.
+        """
+
+    def allocate(self, num_blocks: int, /) -> None:
+        """Allocate the KV cache and warm up; the executor can step after this."""
+
+    def submit(self, plan: StepPlan, /) -> None:
+        """Launch one step."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step in flight.
+
+        :raises Exception: whatever that step raised; the executor can go on afterwards.
+        """
+
+    def close(self) -> None:
+        """Give everything back; harmless when called twice."""
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """The size of the device's KV cache."""
+
+    num_layers: int
+    num_blocks: int
+    """The null block included."""
+    block_size: int
+    num_kv_heads: int
+    """On this rank."""
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one layer's attention computes: softmax(softcap(scale · q kᵀ) + mask) v."""
+
+    layer: int
+    """Index into the cache."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    """Query at position p sees keys at p - window < j <= p; `None` sees all j <= p."""
+    softcap: float | None = None
+    """Scores become softcap · tanh(score / softcap)."""
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Writes keys and values to pages and attends over them.  Owns the device's KV cache."""
+
+    def allocate_cache(self, spec: KVCacheSpec, /) -> None:
+        """Allocate, or allocate anew, the pages of all layers."""
+
+    def cache_bytes_per_block(self, spec: KVCacheSpec, /) -> int:
+        """Bytes of one block over all layers; `spec.num_blocks` is ignored."""
+
+    def prepare(self, batch: StepBatch, /) -> Any:
+        """Compute what all layers of a step share; called once a step, result passed to `forward`."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spec: AttentionSpec,
+        meta: Any,
+        /,
+    ) -> torch.Tensor:
+        """Store k and v at the batch's slots, then attend.
+
+        :param q: [T, H, D] after rotary embedding.
+        :param k: [T, G, D] after rotary embedding.
+        :param v: [T, G, D].
+        :return: [T, H, D] in q's dtype.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One linear layer as the model sees it, before anybody decided how its weights are stored.
+
+    A fused layer (qkv, gate_up) has several shards, stacked along the output dimension.
+    """
+
+    name: str
+    """Module path, such as `model.layers.0.self_attn.qkv_proj`."""
+    in_features: int
+    shards: tuple[tuple[str, int], ...]
+    """(checkpoint prefix, output features) of each shard, for example
+    `("model.layers.0.self_attn.q_proj", 4096)`."""
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    role: str
+    """qkv, out, gate_up, down or lm_head."""
+
+    @property
+    def out_features(self) -> int:
+        """Output features over all shards."""
+        return sum(size for _, size in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that a checkpoint has to hold."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    """`None` accepts any floating dtype and converts."""
+
+
+@runtime_checkable
+class QuantScheme(Protocol):
+    """How the weights of linear layers are stored and applied."""
+
+    def make_linear(self, spec: LinearSpec, /) -> torch.nn.Module:
+        """Make an empty module with `forward(x: [T, in_features]) -> [T, out_features]`."""
+
+    def tensors(self, spec: LinearSpec, shard: int, /) -> Mapping[str, TensorSpec]:
+        """Name the checkpoint tensors of one shard, by suffix (`weight`, `bias`, `qweight` …)."""
+
+    def load(
+        self,
+        module: torch.nn.Module,
+        spec: LinearSpec,
+        shard: int,
+        tensors: Mapping[str, torch.Tensor],
+        /,
+    ) -> None:
+        """Copy one shard's tensors, already on the device, into the module."""
+
+    def finalize(self, module: torch.nn.Module, spec: LinearSpec, /) -> None:
+        """Repack after all shards have been loaded, or after dummy weights have been filled in."""
+
+
+@runtime_checkable
+class ParallelStrategy(Protocol):
+    """Splits the model over ranks along one axis."""
+
+    axis: str
+    """`tensor` or `pipeline`."""
+    size: int
+    rank: int
+
+    def shard(self, spec: LinearSpec, tensor: torch.Tensor, /) -> torch.Tensor:
+        """Cut out this rank's part of a linear layer's tensor."""
+
+    def all_reduce(self, tensor: torch.Tensor, /) -> torch.Tensor:
+        """Sum over the ranks; may work in place."""
+
+    def send(self, tensor: torch.Tensor, /) -> None:
+        """Give the hidden states to the next stage."""
+
+    def recv(self, tensor: torch.Tensor, /) -> torch.Tensor:
+        """Take the hidden states of the previous stage into `tensor`."""
+
+    def stage_of(self, layer: int, /) -> int:
+        """Name the rank that runs a layer."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Turns logits into tokens, all on the device, and owns the sampling state of every row.
+
+    What a request draws depends on its parameters, its seed, its tokens and the position, never on
+    the rows that share a step with it.
+    """
+
+    def memory_bytes(self, max_rows: int, vocab_size: int, device: torch.device, /) -> int:
+        """Bound what state and workspace may come to take, for whoever divides up the memory."""
+
+    def allocate(
+        self, max_rows: int, vocab_size: int, max_model_len: int, device: torch.device, /
+    ) -> None:
+        """Make the state of `max_rows` rows, or make it anew; nothing of an earlier one stays."""
+
+    def add(self, entry: RowEntry, /) -> None:
+        """Make a row the request's, whatever the row held before.
+
+        Called before the first step that draws for the request.  After a preemption the entry's
+        tokens include what had been generated, and penalties go on from there.
+        """
+
+    def sample(self, logits: torch.Tensor, rows: SampleRows, /) -> Sampled:
+        """Draw one token per row, without waiting for the device.
+
+        May update the state of these rows: each position of a request is drawn once.
+
+        :param logits: [N, V] floating; left as they are.
+        :param rows: which rows, and at which positions.
+        :return: tokens [N] int64, `core.step.BAD_LOGITS` where there is nothing to draw from, and
+            log-probabilities under the raw logits if any of the rows asked for them.
+        """
+
+
+@runtime_checkable
+class SupportsCudaGraph(Protocol):
+    """Optional: the backend's `forward` can be captured, whatever the lengths at replay."""
+
+    def graph_buffers(self, max_tokens: int, /) -> Any:
+        """Allocate the static buffers that `prepare` fills for a captured step."""
+
+
+def missing_members(candidate: object, protocol: type) -> list[str]:
+    """Every way in which `candidate` fails to look like `protocol`: one sentence each.
+
+    Compares names, and for methods the number of positional arguments, with `inspect.signature`.
+    """
+    problems = []
+    members = sorted(getattr(protocol, "__protocol_attrs__", None) or _protocol_members(protocol))
+    for name in members:
+        wanted = getattr(protocol, name, None)
+        if not inspect.isfunction(wanted):
+            if not hasattr(candidate, name):
+                problems.append(f"attribute {name!r} is missing")
+            continue
+        method = getattr(candidate, name, None)
+        if not callable(method):
+            problems.append(f"method {name!r} is missing")
+            continue
+        num_args = len(inspect.signature(wanted).parameters) - 1  # without self
+        keywords = {
+            p.name: None
+            for p in inspect.signature(wanted).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        try:
+            inspect.signature(method).bind(*[None] * (num_args - len(keywords)), **keywords)
+        except TypeError as error:
+            problems.append(f"method {name!r} cannot be called as the contract says: {error}")
+    return problems
+
+
+def _protocol_members(protocol: type) -> set[str]:
+    names: set[str] = set()
+    for base in protocol.__mro__:
+        if base in (object, Protocol) or not getattr(base, "_is_protocol", False):
+            continue
+        names |= {n for n in vars(base) if not n.startswith("_")}
+        names |= {n for n in getattr(base, "__annotations__", {}) if not n.startswith("_")}
+    return names

@@ -1,0 +1,582 @@
+"""Conformance of attention backends: what every `core.interfaces.AttentionBackend` must do.
+
+Subclass `AttentionConformance` in a test module and give it the descriptor::
+
+    class TestAcme(AttentionConformance):
+        entry = acme_attention.ENTRY
+        device = "cuda"
+        dtypes = ("bfloat16", "float16")
+
+Everything is checked through the contract alone: ragged steps are run through the backend and
+compared with `dense_attention` in float64.  The pool is filled with NaN first, by way of the
+backend itself, and blocks are handed out in random order, so that a read of anything that was not
+written, or a write to anything that was not handed out, shows in some result.  What the descriptor's
+`unsupported` refuses is not tried.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from core.batch import StepBatch
+from core.interfaces import AttentionBackend, AttentionSpec, KVCacheSpec, missing_members
+from core.registry import AttentionEntry, Requirements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+TOLERANCES: Final = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+"""Largest absolute and relative error by dtype, for values of order one."""
+
+NUM_CODE_BITS: Final = 8
+"""Of the numbers in `retrieval_inputs`: more positions than any row has, in the smallest head."""
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, start: int
+) -> torch.Tensor:
+    """Attend in float64, as the formula is written: the oracle for one sequence.
+
+    :param q: [C, H, D], queries at positions start .. start + C - 1.
+    :param k: [start + C, G, D], keys at positions 0 .. start + C - 1.
+    :param v: [start + C, G, D].
+    :param start: position of the first query.
+    :return: [C, H, D] float64.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    queries = torch.arange(start, start + q.shape[0], device=q.device)[:, None]
+    keys = torch.arange(k.shape[0], device=q.device)[None]
+    hidden = keys > queries
+    if spec.window is not None:
+        hidden = hidden | (keys <= queries - spec.window)
+    k, v = (x.repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=1) for x in (k, v))
+    scores = spec.scale * torch.einsum("qhd,khd->hqk", q, k)
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    weights = torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def make_batch(
+    starts: Sequence[int],
+    counts: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    block_size: int,
+    *,
+    device: str = "cpu",
+    num_padding: int = 0,
+) -> StepBatch:
+    """Build the inputs of a step as the executor does.
+
+    :param starts: position of the first token of each row.
+    :param counts: tokens of each row; rows with one token come first.
+    :param tables: the blocks of each row, enough for `starts + counts` positions.
+    :param num_padding: columns of the null block beyond the longest table.
+    :raises ValueError: rows are out of order or a table is too short.
+    """
+    singles = [count == 1 for count in counts]
+    if sorted(singles, reverse=True) != singles:
+        raise ValueError(f"rows with one token must come first, not counts {list(counts)}")
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    for end, table in zip(ends, tables, strict=True):
+        if len(table) * block_size < end:
+            raise ValueError(f"{len(table)} blocks of {block_size} do not hold {end} positions")
+    positions = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+    width = max(map(len, tables)) + num_padding
+
+    def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return StepBatch(
+        num_tokens=sum(counts),
+        num_rows=len(counts),
+        num_decodes=sum(singles),
+        token_ids=tensor([0] * sum(counts)),
+        positions=tensor([p for row in positions for p in row]),
+        slots=tensor(
+            [
+                table[p // block_size] * block_size + p % block_size
+                for table, row in zip(tables, positions, strict=True)
+                for p in row
+            ]
+        ),
+        rows=tensor(list(range(len(counts)))),
+        query_starts=tensor([sum(counts[:i]) for i in range(len(counts) + 1)], torch.int32),
+        seq_lens=tensor(ends, torch.int32),
+        block_tables=tensor([[*t, *[0] * (width - len(t))] for t in tables], torch.int32),
+        starts=list(starts),
+        counts=list(counts),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One generated situation: the shape of a model and the rows of a step."""
+
+    dtype: str
+    block_size: int
+    head_dim: int
+    num_kv_heads: int
+    group: int
+    """Query heads for each key-value head."""
+    window: int | None
+    softcap: float | None
+    scale: float
+    rows: tuple[tuple[int, int], ...]
+    """(start, count) of each row in the step; what lies before `start` is computed before it."""
+    chunk: int
+    """Positions of a row that each of the steps before computes."""
+    seed: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each row, with one more to decode after the step."""
+        return [start + count + 1 for start, count in self.rows]
+
+    def num_blocks(self, lengths: Iterable[int]) -> int:
+        """Blocks that rows of these lengths need."""
+        return sum(-(-length // self.block_size) for length in lengths)
+
+    def specs(self) -> list[AttentionSpec]:
+        """Two layers: the first sees everything, the second has the window."""
+        return [
+            AttentionSpec(
+                layer=layer,
+                num_heads=self.num_kv_heads * self.group,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=self.scale,
+                window=window,
+                softcap=self.softcap,
+            )
+            for layer, window in enumerate((None, self.window))
+        ]
+
+
+Inputs = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""By layer: q [length, H, D], k and v [length, G, D] of one sequence."""
+
+
+def random_inputs(case: Case, length: int, seed: int) -> Inputs:
+    """Draw a sequence from a normal distribution, always the same for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(length, heads, case.head_dim, generator=generator).to(dtype)
+
+    return [
+        (draw(spec.num_heads), draw(spec.num_kv_heads), draw(spec.num_kv_heads))
+        for spec in case.specs()
+    ]
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence, its blocks, and what the backend returned for it so far."""
+
+    inputs: Inputs
+    table: list[int]
+    done: int = 0
+    outputs: list[list[torch.Tensor]] = field(default_factory=lambda: [[], []])
+
+    def output(self, layer: int) -> torch.Tensor:
+        """All positions computed so far: [done, H, D] on the host."""
+        return torch.cat(self.outputs[layer])
+
+
+class Rig:
+    """A backend with a small pool in which every position holds NaN, and rows that use it."""
+
+    def __init__(
+        self, backend: AttentionBackend, case: Case, *, num_blocks: int, device: str = "cpu"
+    ) -> None:
+        self.backend = backend
+        self.case = case
+        self.device = device
+        self.specs = case.specs()
+        with torch.inference_mode():
+            backend.allocate_cache(cache_spec(case, num_blocks + 1, device))
+        self._poison(num_blocks + 1)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(case.seed))
+        self.free_blocks: list[int] = (order + 1).tolist()
+
+    def _poison(self, num_blocks: int) -> None:
+        """Compute a sequence of NaN that lies on all blocks, the null block included."""
+        length = num_blocks * self.case.block_size
+        inputs = random_inputs(self.case, length, seed=0)
+        for tensors in inputs:
+            for tensor in tensors:
+                tensor.fill_(math.nan)
+        self.step([(Row(inputs, list(range(num_blocks))), length)])
+
+    def add_row(self, inputs: Inputs) -> Row:
+        """Give a sequence its blocks."""
+        num_blocks = self.case.num_blocks([len(inputs[0][0])])
+        return Row(inputs, [self.free_blocks.pop() for _ in range(num_blocks)])
+
+    def step(self, work: Sequence[tuple[Row, int]]) -> None:
+        """Compute the next `count` positions of each row, in one step of the backend."""
+        work = sorted(work, key=lambda item: item[1] != 1)
+        rows, counts = [row for row, _ in work], [count for _, count in work]
+        batch = make_batch(
+            [row.done for row in rows],
+            counts,
+            [row.table for row in rows],
+            self.case.block_size,
+            device=self.device,
+            num_padding=2,
+        )
+        with torch.inference_mode():
+            meta = self.backend.prepare(batch)
+            for layer, spec in enumerate(self.specs):
+                out = self._forward(work, layer, spec, meta)
+                for row, part in zip(rows, torch.split(out, counts), strict=True):
+                    row.outputs[layer].append(part)
+        for row, count in work:
+            row.done += count
+
+    def _forward(
+        self, work: Sequence[tuple[Row, int]], layer: int, spec: AttentionSpec, meta: Any
+    ) -> torch.Tensor:
+        q, k, v = (
+            torch.cat([row.inputs[layer][i][row.done : row.done + count] for row, count in work])
+            for i in range(3)
+        )
+        # Leaves NaN where an uninitialised result is likely to be allocated next.
+        torch.full(q.shape, math.nan, dtype=q.dtype, device=self.device)
+        out = self.backend.forward(q.to(self.device), k.to(self.device), v.to(self.device), spec, meta)
+        assert out.shape == q.shape, f"forward returned {tuple(out.shape)}, not {tuple(q.shape)}"
+        assert out.dtype == q.dtype, f"forward returned {out.dtype} for queries of {q.dtype}"
+        return out.cpu()
+
+    def advance(self, rows: Sequence[Row], ends: Sequence[int], chunk: int) -> None:
+        """Compute rows up to `ends`, all together, `chunk` positions of each in a step."""
+        while work := [
+            (row, min(chunk, end - row.done))
+            for row, end in zip(rows, ends, strict=True)
+            if row.done < end
+        ]:
+            self.step(work)
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Compute the case's rows: the starts in chunks, the step itself, one token more."""
+        assert len(rows) == len(self.case.rows)
+        self.advance(rows, [start for start, _ in self.case.rows], self.case.chunk)
+        self.step([(row, count) for row, (_, count) in zip(rows, self.case.rows, strict=True)])
+        self.step([(row, 1) for row in rows])
+
+    def verify(self, row: Row, tolerance: float) -> None:
+        """Compare all that was computed of a row with `dense_attention`."""
+        for layer, spec in enumerate(self.specs):
+            q, k, v = (x[: row.done] for x in row.inputs[layer])
+            expected = dense_attention(q, k, v, spec, 0)
+            assert_close(row.output(layer), expected, tolerance, f"layer {layer}, {spec}")
+
+
+def cache_spec(case: Case, num_blocks: int, device: str = "cpu") -> KVCacheSpec:
+    """Describe the cache of a case; `num_blocks` includes the null block."""
+    return KVCacheSpec(
+        num_layers=len(case.specs()),
+        num_blocks=num_blocks,
+        block_size=case.block_size,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        dtype=getattr(torch, case.dtype),
+        device=torch.device(device),
+    )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    """Compare with the same absolute and relative tolerance; NaN equals nothing."""
+    torch.testing.assert_close(
+        actual.double(),
+        expected.double(),
+        atol=tolerance,
+        rtol=tolerance,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+class AttentionConformance:
+    """The tests; subclass it and set `entry`, or override `make_backend`."""
+
+    entry: ClassVar[AttentionEntry | None] = None
+    """Tells what need not be tried; without it everything is."""
+    plan: ClassVar[Any] = None
+    """Passed to the entry's factory."""
+    device: ClassVar[str] = "cpu"
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    head_dims: ClassVar[tuple[int, ...]] = (8, 24, 64, 80, 128)
+    """Multiples of 8."""
+    tolerances: ClassVar[dict[str, float]] = TOLERANCES
+    settings: ClassVar[hypothesis_settings] = hypothesis_settings(
+        max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+    # --- what subclasses may change ----------------------------------------------------------------
+
+    def make_backend(self) -> AttentionBackend:
+        """Build a backend that has no cache yet."""
+        if self.entry is None:
+            raise NotImplementedError(f"{type(self).__name__} sets no entry and no make_backend")
+        backend: AttentionBackend = self.entry.factory(self.plan)
+        return backend
+
+    # --- generation --------------------------------------------------------------------------------
+
+    def refusals(self, **wanted: Any) -> list[str]:
+        """Ask the descriptor why it cannot serve something."""
+        if self.entry is None:
+            return []
+        requirements = {"device": self.device, "dtype": self.dtypes[0]} | wanted
+        return self.entry.unsupported(Requirements(**requirements))
+
+    def _refusals_of(self, case: Case) -> list[str]:
+        return self.refusals(
+            dtype=case.dtype,
+            head_dims=frozenset({case.head_dim}),
+            num_heads=case.num_kv_heads * case.group,
+            num_kv_heads=case.num_kv_heads,
+            has_window=case.window is not None,
+            has_softcap=case.softcap is not None,
+            block_size=case.block_size,
+        )
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The page sizes to try."""
+        if self.entry is None:
+            return (1, 4, 16)
+        return self.entry.block_sizes or (1, 4, self.entry.default_block_size)
+
+    def cases(self, **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
+        """Generate situations that the descriptor does not refuse.
+
+        :param fixed: strategies for fields of `Case` that replace the usual ones.
+        """
+        dtypes = [x for x in self.dtypes if not self.refusals(dtype=x)]
+        if not dtypes:
+            pytest.skip("; ".join(self.refusals()))
+        head_dims = [x for x in self.head_dims if not self.refusals(head_dims=frozenset({x}))]
+        windows = [None] if self.refusals(has_window=True) else [None, 1, 5]
+        softcaps = [None] if self.refusals(has_softcap=True) else [None, 2.0, 20.0]
+        fields = {
+            "dtype": st.sampled_from(dtypes),
+            "block_size": st.sampled_from(self.block_sizes),
+            "head_dim": st.sampled_from(head_dims),
+            "num_kv_heads": st.integers(1, 3),
+            "group": st.integers(1, 8),
+            "window": st.sampled_from(windows),
+            "softcap": st.sampled_from(softcaps),
+            "scale": st.sampled_from([0.05, 0.125, 0.3]),
+            "rows": row_lists(),
+            "chunk": st.integers(1, 20),
+            "seed": st.integers(0, 2**32 - 1),
+        }
+        return st.builds(Case, **(fields | fixed)).filter(lambda case: not self._refusals_of(case))
+
+    def check(self, law: Callable[[Case], None], **fixed: st.SearchStrategy[Any]) -> None:
+        """Try a law on generated situations."""
+
+        @self.settings
+        @given(case=self.cases(**fixed))
+        def attempt(case: Case) -> None:
+            law(case)
+
+        attempt()
+
+    def rig(self, case: Case, lengths: Iterable[int]) -> Rig:
+        """Make a rig whose pool holds rows of these lengths and two blocks more."""
+        num_blocks = case.num_blocks(lengths) + 2
+        return Rig(self.make_backend(), case, num_blocks=num_blocks, device=self.device)
+
+    def _rows(self, rig: Rig, lengths: Iterable[int]) -> list[Row]:
+        case = rig.case
+        return [rig.add_row(random_inputs(case, n, case.seed + i)) for i, n in enumerate(lengths)]
+
+    def _computed(self, case: Case) -> tuple[Rig, list[Row]]:
+        rig = self.rig(case, case.lengths)
+        rows = self._rows(rig, case.lengths)
+        rig.run(rows)
+        return rig, rows
+
+    def _matches_dense_attention(self, case: Case) -> None:
+        rig, rows = self._computed(case)
+        for row in rows:
+            rig.verify(row, self.tolerances[case.dtype])
+
+    # --- the laws ----------------------------------------------------------------------------------
+
+    def test_fulfils_the_protocol(self) -> None:
+        """The loop calls what the Protocol names, as the Protocol says."""
+        assert missing_members(self.make_backend(), AttentionBackend) == []
+
+    def test_default_block_size_is_supported(self) -> None:
+        """A default outside `block_sizes` could never be served."""
+        if self.entry is not None and self.entry.block_sizes:
+            assert self.entry.default_block_size in self.entry.block_sizes
+
+    def test_mixed_steps_match_dense_attention(self) -> None:
+        """Every output of every ragged step is what the formula says.
+
+        If this fails, look at the mask first, then at how heads are grouped, then at what is read
+        beyond the end of a row: all of that is NaN here.
+        """
+        self.check(self._matches_dense_attention)
+
+    def test_decodes_match_dense_attention(self) -> None:
+        """Steps in which each row has one token."""
+        self.check(self._matches_dense_attention, rows=row_lists(max_count=1), chunk=st.just(20))
+
+    def test_rows_do_not_depend_on_each_other(self) -> None:
+        """A row computed alone gives what it gives among others."""
+
+        def law(case: Case) -> None:
+            _, rows = self._computed(case)
+            for row, place in zip(rows, case.rows, strict=True):
+                lone_case = replace(case, rows=(place,))
+                rig = self.rig(lone_case, lone_case.lengths)
+                lone = rig.add_row(row.inputs)
+                rig.run([lone])
+                for layer, spec in enumerate(rig.specs):
+                    tolerance = self.tolerances[case.dtype]
+                    assert_close(row.output(layer), lone.output(layer), tolerance, f"{spec}")
+
+        self.check(law)
+
+    def test_any_split_into_steps_agrees(self) -> None:
+        """Whole prompt, token by token, or in chunks: the outputs are the same."""
+
+        def law(case: Case) -> None:
+            length = case.lengths[0]
+            inputs = random_inputs(case, length, case.seed)
+            rows = []
+            for chunk in (length, 1, case.chunk):
+                rig = self.rig(case, [length])
+                rows.append(rig.add_row(inputs))
+                rig.advance(rows[-1:], [length], chunk)
+            for row in rows[1:]:
+                for layer, spec in enumerate(case.specs()):
+                    tolerance = self.tolerances[case.dtype]
+                    assert_close(row.output(layer), rows[0].output(layer), tolerance, f"{spec}")
+
+        self.check(law, rows=row_lists(max_rows=1))
+
+    def test_leaves_blocks_of_others_alone(self) -> None:
+        """A step changes nothing in blocks that belong to rows outside of it."""
+
+        def law(case: Case) -> None:
+            bystanders = [2 * case.block_size + 1, case.block_size]
+            rig = self.rig(case, [*bystanders, *case.lengths])
+            rows = self._rows(rig, [*bystanders, *case.lengths])
+            others, own = rows[:2], rows[2:]
+            rig.advance(others, [n - 1 for n in bystanders], case.chunk)
+            rig.run(own)
+            rig.advance(others, bystanders, 1)
+            for row in others:
+                rig.verify(row, self.tolerances[case.dtype])
+
+        self.check(law)
+
+    def test_nan_of_one_row_stays_in_it(self) -> None:
+        """A request whose hidden states became NaN does not harm the others in its steps."""
+
+        def law(case: Case) -> None:
+            rig = self.rig(case, case.lengths)
+            rows = self._rows(rig, case.lengths)
+            for tensors in rows[0].inputs:
+                for tensor in tensors:
+                    tensor.fill_(math.nan)
+            rig.run(rows)
+            for row in rows[1:]:
+                rig.verify(row, self.tolerances[case.dtype])
+
+        self.check(law)
+
+    def test_keeps_exactly_what_was_written(self) -> None:
+        """A query that matches one key and no other returns that key's value, bit for bit."""
+
+        def law(case: Case) -> None:
+            length = max(case.lengths)
+            inputs, expected = retrieval_inputs(case, length)
+            rig = self.rig(case, [2 * length])
+            row = rig.add_row(inputs)
+            rig.advance([row], [2 * length], case.chunk)
+            for layer in range(len(rig.specs)):
+                assert torch.equal(row.output(layer)[length:], expected[layer])
+
+        nothing = st.none()
+        self.check(law, window=nothing, softcap=nothing, scale=st.just(1.0))
+
+    def test_cache_can_be_allocated_anew(self) -> None:
+        """Another size, another shape: nothing of the old cache is left."""
+
+        def law(case: Case) -> None:
+            rig, _ = self._computed(case)
+            other = replace(case, num_kv_heads=4 - case.num_kv_heads, rows=case.rows[:1])
+            again = Rig(
+                rig.backend,
+                other,
+                num_blocks=other.num_blocks(other.lengths),
+                device=self.device,
+            )
+            row = again.add_row(random_inputs(other, other.lengths[0], case.seed))
+            again.run([row])
+            again.verify(row, self.tolerances[case.dtype])
+
+        self.check(law)
+
+    def test_bytes_per_block_count_all_layers(self) -> None:
+        """The number that decides how many blocks fit into memory."""
+
+        def law(case: Case) -> None:
+            backend = self.make_backend()
+            spec = cache_spec(case, 3, self.device)
+            size = backend.cache_bytes_per_block(spec)
+            assert size > 0
+            assert backend.cache_bytes_per_block(replace(spec, num_blocks=7)) == size
+            twice = replace(spec, num_layers=2 * spec.num_layers)
+            assert backend.cache_bytes_per_block(twice) == 2 * size
+
+        self.check(law)
+
+
+def row_lists(
+    *, max_rows: int = 6, max_count: int = 20
+) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
+    """Generate (start, count) of the rows of a step, half of them decodes."""
+    counts = st.just(1) | st.integers(1, max_count)
+    rows = st.lists(st.tuples(st.integers(0, 40), counts), min_size=1, max_size=max_rows)
+    return rows.map(tuple)
+
+
+def retrieval_inputs(case: Case, length: int) -> tuple[Inputs, list[torch.Tensor]]:
+    """Make a sequence whose second half asks for the values of its first half, one by one.
+
+    Keys are the bits of a number that is different at each position, as signs; a query is such a
+    key, so long that every other key has a weight of exactly zero.
+
+    :return: the inputs, 2 · length positions, and by layer what positions `length` and later must
+        give: [length, H, D].
+    """
+    inputs = random_inputs(case, 2 * length, case.seed)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(case.seed))
+    bits = 2 ** (torch.arange(case.head_dim) % NUM_CODE_BITS)
+    numbers = torch.arange(2 * length)[:, None] + 37 * torch.arange(case.num_kv_heads)
+    keys = torch.where((numbers % 2**NUM_CODE_BITS)[:, :, None] & bits != 0, 1.0, -1.0)
+    length_of_query = 100.0 / (case.head_dim // NUM_CODE_BITS)
+    expected = []
+    for q, k, v in inputs:
+        k.copy_(keys)
+        q[length:] = length_of_query * k[order].repeat_interleave(case.group, dim=1)
+        expected.append(v[order].repeat_interleave(case.group, dim=1))
+    return inputs, expected
