@@ -20,7 +20,14 @@ from core.errors import ConfigError, PlanError, PluginNotFoundError
 from core.events import EventBus
 from core.interfaces import Executor, KVCache, Scheduler, missing_members
 from core.pluginhost import PluginHost, PluginSelection, Selected, discover
-from core.registry import AttentionEntry, Registered, Registry, Requirements
+from core.registry import (
+    AttentionEntry,
+    ModelEntry,
+    QuantizerEntry,
+    Registered,
+    Registry,
+    Requirements,
+)
 from core.request import RequestLimits
 
 if TYPE_CHECKING:
@@ -242,7 +249,7 @@ def _bind_settings(host: PluginHost, config: EngineConfig) -> dict[str, Any]:
         for name in config.plugin_settings
         if name not in types
     ]
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, kind in types.items():
         table = config.plugin_settings.get(name, {})
         known = [item.name for item in dataclasses.fields(kind)]
@@ -308,21 +315,29 @@ class _Draft:
 
     def _read_model(self) -> ModelSpec:
         model_type = self.hf_config.model_type
-        # The newest registration wins, so that a plugin can take a family over.
-        readers = [r for r in self.registry.all("model") if model_type in r.descriptor.model_types]
-        outside = [r for r in readers if r.plugin != "core.builtin"]
-        chosen = (outside or readers or [None])[0]
-        if chosen is None:
-            known = sorted({t for r in self.registry.all("model") for t in r.descriptor.model_types})
-            objection = (
-                f"model_type {model_type!r} of {self.config.model} is read by no active plugin; "
-                f"known are {', '.join(known)}; a plugin can add it with core_register_models"
-            )
-            raise PlanError([objection])
-        why = f"reads model_type {model_type!r}"
-        self.choices["model"] = Choice("model", chosen, why)
+        readers = [
+            registered
+            for registered in self.registry.all("model")
+            if isinstance(registered.descriptor, ModelEntry)
+            and model_type in registered.descriptor.model_types
+        ]
+        if not readers:
+            raise PlanError([f"{self.config.model}: {self._unread(model_type)}"])
+        # A plugin may take over a family that the core reads too.
+        chosen = min(readers, key=lambda registered: registered.plugin == "core.builtin")
+        self.choices["model"] = Choice("model", chosen, f"reads model_type {model_type!r}")
         spec: ModelSpec = chosen.descriptor.factory(self.hf_config)
         return spec
+
+    def _unread(self, model_type: str) -> str:
+        entries = (registered.descriptor for registered in self.registry.all("model"))
+        known = sorted(
+            {t for entry in entries if isinstance(entry, ModelEntry) for t in entry.model_types}
+        )
+        return (
+            f"model_type {model_type!r} is read by no active plugin; known are {', '.join(known)}; "
+            f"a plugin can add it with core_register_models"
+        )
 
     def _make_requirements(self) -> Requirements:
         model, config = self.model, self.config
@@ -395,9 +410,10 @@ class _Draft:
             self.choices["quant"] = Choice("quant", self.registry.get("quant", "none"), "not quantized")
             return
         able = [
-            r
-            for r in self.registry.all("quant")
-            if method in (r.descriptor.name, *r.descriptor.methods)
+            registered
+            for registered in self.registry.all("quant")
+            if isinstance(registered.descriptor, QuantizerEntry)
+            and method in {registered.descriptor.name, *registered.descriptor.methods}
         ]
         if not able:
             self.objections.append(

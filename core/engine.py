@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+SHUTDOWN: Final = "shutdown"
 _WAKE: Final = None  # put into the inbox to end a blocking wait
 
 
@@ -95,7 +96,7 @@ class EngineCore:
 
     def run(self) -> None:
         """Step until `stop` is called; block, without spinning, while there is nothing to do."""
-        reason = "shutdown"
+        reason = SHUTDOWN
         try:
             while not self._is_stopping:
                 if not self.step():
@@ -133,14 +134,18 @@ class EngineCore:
         self._publish([])
         return False
 
-    def close(self, reason: str = "shutdown") -> None:
+    def close(self, reason: str = SHUTDOWN) -> None:
         """End every open request, tell the subscribers, and give the devices back."""
         if self._is_stopped:
             return
         self._is_stopped = True
         self._drain_inbox()
+        is_planned = reason == SHUTDOWN
         for request in list(self.scheduler.open_requests()):
-            self._finish(request.request_id, FinishReason.ABORT)
+            if is_planned:
+                self._finish(request.request_id, FinishReason.ABORT)
+            else:
+                self._finish(request.request_id, FinishReason.ERROR, f"the engine stopped: {reason}")
         self._publish([EngineStopping(reason)])
         self._on_stop(self, reason)
         self.executor.close()
@@ -189,7 +194,7 @@ class EngineCore:
             self._fail(plan, error)
             return
         outputs = self.scheduler.apply(result)
-        self._emit(outputs)
+        self._emit(plan, outputs)
         if self._wants_steps:
             self._publish([self._step_completed(plan, result, outputs, submitted_at)])
         elif self.bus.is_active:
@@ -212,26 +217,20 @@ class EngineCore:
         message = f"{type(error).__name__}: {error}"
         outputs = self.scheduler.fail(message)
         self.kv_cache.reset()
-        self._emit(outputs)
+        self._emit(plan, outputs)
         self._publish([StepFailed(plan.step, message, len(outputs.finished))])
 
-    def _emit(self, outputs: StepOutputs) -> None:
-        if not (outputs.requests or outputs.finished or outputs.prompt_logprobs):
-            return
-        self._outbox(
-            OutputBatch(
-                [request.request_id for request in outputs.requests],
-                outputs.tokens,
-                [_ended(request, outputs) for request in outputs.finished],
-                {
-                    request.request_id: request.num_cached
-                    for request in outputs.requests
-                    if len(request.token_ids) == request.num_prompt + 1
-                },
-                outputs.logprobs,
-                outputs.prompt_logprobs,
-            )
+    def _emit(self, plan: StepPlan, outputs: StepOutputs) -> None:
+        batch = OutputBatch(
+            [request.request_id for request in outputs.requests],
+            outputs.tokens,
+            [_ended(request, outputs) for request in outputs.finished],
+            {entry.request_id: entry.num_cached for entry in plan.added},
+            outputs.logprobs,
+            outputs.prompt_logprobs,
         )
+        if batch.request_ids or batch.ended or batch.cached or batch.prompt_logprobs:
+            self._outbox(batch)
 
     # --- events ---
 

@@ -214,14 +214,15 @@ class Journal:
         ended = {entry.request_id: entry for entry in batch.ended}
         for sequence_id, chunk in batch.prompt_logprobs.items():
             self._take_prompt_logprobs(sequence_id, chunk)
+        for sequence_id, num_cached in batch.cached.items():
+            if sequence_id in self._sequences:
+                self._sequences[sequence_id].request.output.num_cached_tokens = num_cached
         for sequence_id, token in zip(batch.request_ids, batch.tokens, strict=True):
             sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
             touched[sequence.request.request_id] = sequence.request
             logprobs = batch.logprobs.get(sequence_id)
-            if sequence_id in batch.cached:
-                sequence.request.output.num_cached_tokens = batch.cached[sequence_id]
             if self._take_token(sequence, token, logprobs, ended.get(sequence_id)):
                 commands.append(Finish(sequence_id, FinishReason.STOP))
         for entry in batch.ended:

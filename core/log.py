@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO, cast
 
 import structlog
 
 if TYPE_CHECKING:
-    from structlog.typing import EventDict, Processor, WrappedLogger
+    from structlog.typing import Processor, WrappedLogger
 
 LIBRARY_LEVEL: Final = logging.WARNING
 """Least severe messages of libraries that are shown, unless ours are shown even less."""
@@ -25,20 +25,34 @@ def configure_logging(level: str = "info", format: str = "auto", stream: TextIO 
 
     :param level: least severe of our messages that is shown: `debug` … `critical`.
     :param format: `pretty` for people, `json` for one object a line; `auto` is pretty on a terminal.
-    :param stream: `None` means standard error, where it points to now.
+    :param stream: `None` means standard error, wherever it points to when a line is written.
     """
-    stream = sys.stderr if stream is None else stream
+    if stream is None:
+        stream = cast("TextIO", _StandardError())
     number = logging.getLevelNamesMapping()[level.upper()]
     is_pretty = stream.isatty() if format == "auto" else format == "pretty"
     shared = _shared_processors(is_pretty=is_pretty)
     renderer = _make_pretty_renderer(stream) if is_pretty else structlog.processors.JSONRenderer()
     structlog.configure(
-        processors=[structlog.stdlib.add_logger_name, *shared, renderer],
+        processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=_LoggerFactory(stream),
         cache_logger_on_first_use=False,  # cached loggers cannot be pickled and outlive their stream
     )
     _route_libraries(stream, max(number, LIBRARY_LEVEL), shared, renderer)
+
+
+class _StandardError:
+    """Whatever `sys.stderr` is at the moment: it may be replaced, and the old one closed."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
 
 
 class _NamedLogger(structlog.WriteLogger):
@@ -61,14 +75,12 @@ class _LibraryHandler(logging.StreamHandler[TextIO]):
     """The one handler of ours among those that others may have added."""
 
 
-def _route_libraries(
-    stream: TextIO, level: int, shared: list[Processor], renderer: Processor
-) -> None:
+def _route_libraries(stream: TextIO, level: int, shared: list[Processor], renderer: Processor) -> None:
     handler = _LibraryHandler(stream)
     handler.setLevel(level)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
@@ -80,19 +92,16 @@ def _route_libraries(
 
 def _shared_processors(*, is_pretty: bool) -> list[Processor]:
     time_format = "%m-%d %H:%M:%S" if is_pretty else "iso"
-    return [
+    processors: list[Processor] = [
+        structlog.stdlib.add_logger_name,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt=time_format, utc=not is_pretty),
         structlog.processors.StackInfoRenderer(),
-        *([] if is_pretty else [structlog.processors.format_exc_info, _drop_empty_name]),
     ]
-
-
-def _drop_empty_name(_logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
-    if not event_dict.get("logger"):
-        event_dict.pop("logger", None)
-    return event_dict
+    if not is_pretty:  # the pretty renderer formats exceptions itself
+        processors.append(structlog.processors.format_exc_info)
+    return processors
 
 
 def _make_pretty_renderer(stream: TextIO) -> Processor:
@@ -101,4 +110,5 @@ def _make_pretty_renderer(stream: TextIO) -> Processor:
         colors=has_colors and os.environ.get("TERM") != "dumb",
         # The default would show local variables, and with them what clients sent.
         exception_formatter=structlog.dev.plain_traceback,
+        repr_native_str=True,  # a value from outside must not be able to start a line of its own
     )

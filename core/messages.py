@@ -55,6 +55,6 @@ class OutputBatch(msgspec.Struct):
     tokens: list[int] = []
     ended: list[Ended] = []
     cached: dict[str, int] = {}
-    """Prompt tokens that the prefix cache held, for sequences whose first token this is."""
+    """Prompt tokens that the prefix cache held, for sequences that got a row in this step."""
     logprobs: dict[str, TokenLogprobs] = {}
     prompt_logprobs: dict[str, PromptLogprobs] = {}

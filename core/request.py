@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import enum
 import math
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from core.errors import InvalidRequestError, RequestTooLargeError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MAX_SEED: Final = 2**63 - 1
 MAX_ID_BYTES: Final = 256
@@ -291,33 +290,47 @@ class RequestLimits:
         _check_text("request_id", request_id, MAX_ID_BYTES)
 
     def _check_ids(self, params: SamplingParams) -> None:
-        bias = params.logit_bias or {}
-        self._check_id_list("logit_bias", list(bias), self.max_token_list)
-        for token_id, value in bias.items():
-            _check_float(f"logit_bias[{token_id}]", value, -100.0, 100.0)
+        self._check_bias(params.logit_bias)
         self._check_id_list("stop_token_ids", params.stop_token_ids, self.max_token_list)
         self._check_id_list("banned_token_ids", params.banned_token_ids, self.max_token_list)
         self._check_id_list("allowed_token_ids", params.allowed_token_ids, self.vocab_size)
-        if params.allowed_token_ids is not None:
-            usable = set(params.allowed_token_ids) - set(params.banned_token_ids or ())
-            if not usable:
-                raise _refusal(
-                    "allowed_token_ids",
-                    params.allowed_token_ids[:8],
-                    "must leave at least one token that is not banned",
-                )
-        elif len(set(params.banned_token_ids or ())) >= self.vocab_size:
-            raise _refusal("banned_token_ids", "all", "must leave at least one token")
+        self._check_usable(params)
 
-    def _check_id_list(self, field: str, ids: Sequence[int] | None, limit: int) -> None:
+    def _check_bias(self, bias: object) -> None:
+        if bias is None:
+            return
+        if not isinstance(bias, dict):
+            raise _refusal("logit_bias", bias, "must map token ids to numbers")
+        self._check_id_list("logit_bias", list(bias), self.max_token_list)
+        for token_id, value in bias.items():
+            _check_float(f"logit_bias[{token_id}]", value, -100.0, 100.0)
+
+    def _check_usable(self, params: SamplingParams) -> None:
+        """Refuse what would leave no token to draw at the first position."""
+        masked = set(params.banned_token_ids or ())
+        if params.min_tokens > 0:
+            masked.update(params.stop_token_ids or ())
+        rule = "must leave a token that is neither banned nor, with min_tokens, a stop token"
+        if params.allowed_token_ids is not None:
+            if masked.issuperset(params.allowed_token_ids):
+                raise _refusal("allowed_token_ids", params.allowed_token_ids, rule)
+        elif len(masked) >= self.vocab_size:
+            field = "banned_token_ids" if params.banned_token_ids else "stop_token_ids"
+            raise _refusal(field, getattr(params, field), rule)
+
+    def _check_id_list(self, field: str, ids: object, limit: int) -> None:
         if ids is None:
             return
+        if not isinstance(ids, list | tuple):
+            raise _refusal(field, ids, "must be a list of token ids")
         if len(ids) > limit:
             raise _refusal(field, len(ids), f"at most {limit} entries")
         for token_id in ids:
             _check_int(field, token_id, 0, self.vocab_size - 1)
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
+        if not isinstance(prompt_token_ids, Sequence) or isinstance(prompt_token_ids, str | bytes):
+            raise _refusal("prompt", prompt_token_ids, "must be a list of token ids")
         if not prompt_token_ids:
             raise _refusal("prompt", prompt_token_ids, "must hold at least one token")
         if len(prompt_token_ids) > self.max_model_len:  # before walking a huge list
@@ -347,14 +360,20 @@ class RequestLimits:
             f"prompt of {num_prompt} tokens and {wanted} tokens to generate need {total - 1} positions, "
             f"but the whole KV pool has {self.max_kv_tokens}; lower max_tokens, or start the engine "
             f"with a larger --num-kv-blocks or --gpu-memory-utilization",
-            field="max_tokens",
+            field="prompt" if num_prompt > self.max_kv_tokens else "max_tokens",
         )
 
 
 def _refusal(field: str, value: object, rule: str) -> InvalidRequestError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return InvalidRequestError(f"{field}: {rule}, got {shown}", field=field)
+    return InvalidRequestError(f"{field}: {rule}, got {_shorten(value)}", field=field)
+
+
+def _shorten(value: object) -> str:
+    try:
+        shown = reprlib.repr(value)  # looks at the first few entries of a container only
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        shown = f"an enormous {type(value).__name__}"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _check_int(field: str, value: object, low: int, high: int) -> None:
@@ -383,5 +402,11 @@ def _check_text(field: str, value: object, max_bytes: int, *, empty_ok: bool = T
         raise _refusal(field, value, "must be a string")
     if not value and not empty_ok:
         raise _refusal(field, value, "must not be empty")
-    if len(value) > max_bytes or len(value.encode("utf-8", "surrogatepass")) > max_bytes:
+    if len(value) > max_bytes:  # before encoding a huge text
+        raise _refusal(field, value, f"at most {max_bytes} bytes")
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, which no message can carry
+        raise _refusal(field, value, "must be valid Unicode") from None
+    if num_bytes > max_bytes:
         raise _refusal(field, value, f"at most {max_bytes} bytes")

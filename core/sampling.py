@@ -468,7 +468,8 @@ def _parts(logits: torch.Tensor) -> Iterator[slice]:
 
 
 def _rows_per_chunk(device: torch.device, vocab_size: int) -> int:
-    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_DEFAULT) // vocab_size)
+    width = max(vocab_size, 1 << _DIGIT_BITS)  # histograms count as well
+    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_DEFAULT) // width)
 
 
 def _concatenate(parts: list[LogprobTensors]) -> LogprobTensors:

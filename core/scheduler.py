@@ -283,6 +283,7 @@ class TokenBudgetScheduler:
                 request.params,
                 request.seed,
                 sorted(request.stop_ids),
+                request.num_cached,
             )
         )
         plan.appended.append(BlockAppend(request.row, 0, request.block_ids.copy()))

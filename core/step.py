@@ -24,6 +24,8 @@ class RowEntry(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     stop_ids: list[int]
     """Masked while fewer than `params.min_tokens` tokens have been generated."""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache held when the request first got a row."""
 
 
 class BlockAppend(msgspec.Struct, frozen=True, array_like=True):

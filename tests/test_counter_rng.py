@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.counter_rng import exponentials, random_bits, resolve_seed, splitmix64
@@ -44,6 +44,7 @@ def test_published_sequence_of_splitmix64():
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SEEDS, st.integers(0, 2**31)), min_size=1, max_size=6), st.integers(1, 40))
 def test_bits_are_those_of_the_reference(keys, num_tokens):
     seeds, positions = (torch.tensor(column) for column in zip(*keys, strict=True))
@@ -61,6 +62,7 @@ def test_arguments_are_left_alone():
     assert tokens.tolist() == list(range(9))
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(0, 2**31))
 def test_exponentials_follow_from_the_bits(seed, position):
     noise = exponentials(torch.tensor([seed]), torch.tensor([position]), torch.arange(64))[0]
@@ -128,6 +130,7 @@ def test_exponentials_have_the_moments_of_the_unit_exponential():
     assert_uniform((torch.exp(-noise) * 256).long().clamp(max=255), 256)
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**40))
 def test_resolved_seeds_are_legal_and_reproducible(engine_seed, index):
     seed = resolve_seed(engine_seed, index)

@@ -169,6 +169,11 @@ def test_the_installed_core_is_accepted(site, monkeypatch):
     check_core_location()
 
 
+def test_an_editable_installation_is_accepted(site):
+    site.distribution("cythera", "9.9", {})
+    check_core_location()
+
+
 def test_a_bare_source_tree_is_accepted(monkeypatch):
     monkeypatch.setattr(hookspecs, "PROJECT_NAME", "no such distribution")
     check_core_location()
@@ -797,6 +802,11 @@ def test_the_default_is_not_kept_for_the_next_call(start):
     host = start(none="")
     make_executor(host)
     assert host._fallback.build is None
+
+
+def test_the_default_is_not_judged_here(start):
+    part = object()  # assembly checks what the plan names, and says which part it is
+    assert make_executor(start(none=""), lambda: part) is part
 
 
 def test_a_wrapper_that_forgets_to_return_is_named(start):

@@ -60,9 +60,8 @@ class Decoder(nn.Module):
         self.embedding = Embedding(build)
         self.layers = nn.ModuleList(DecoderLayer(build, index) for index in range(spec.num_layers))
         self.norm = make_norm(build, spec.hidden_size)
-        shards = (("lm_head", spec.vocab_size),)
         self._head_spec = make_linear_spec(
-            build, "lm_head", spec.hidden_size, shards, bias=False, role="lm_head"
+            build, "lm_head", "lm_head", spec.hidden_size, {"lm_head": spec.vocab_size}, bias=False
         )
         self.lm_head = None if spec.tied else build.scheme.make_linear(self._head_spec)
         self.rotary = {

@@ -32,6 +32,7 @@ _REFUSED_IF_SET: Final = {
     "use_bidirectional_attention": "causal attention only",
 }
 _SINGLE_ROPE: Final = "default"
+_DEFAULT_THETA: Final = 10_000.0
 
 
 # --- reading config.json ---------------------------------------------------------------------------
@@ -65,7 +66,15 @@ def load_hf_config(path: str | PathLike[str], revision: str | None = None) -> An
 def _make_generic_config(model_type: str, raw: dict[str, Any]) -> Any:
     from transformers import PreTrainedConfig  # noqa: PLC0415  see load_hf_config
 
-    config: Any = PreTrainedConfig.from_dict({k: v for k, v in raw.items() if k != "model_type"})
+    values = {key: value for key, value in raw.items() if key != "model_type"}
+    if "rope_parameters" not in values:
+        scaling = values.pop("rope_scaling", None) or {}
+        values["rope_parameters"] = {
+            "rope_type": scaling.get("type", "default"),
+            "rope_theta": values.pop("rope_theta", _DEFAULT_THETA),
+            **scaling,
+        }
+    config: Any = PreTrainedConfig.from_dict(values)
     config.model_type = model_type
     return config
 
@@ -126,8 +135,8 @@ def read_decoder(
         "ropes": ropes,
         "attention_scale": head_dim**-0.5,
         "activation": _activation(config, activation_key),
-        "norm_eps": float(config.rms_norm_eps),
-        "tied": bool(config.tie_word_embeddings),
+        "norm_eps": _norm_eps(config),
+        "tied": bool(getattr(config, "tie_word_embeddings", False)),
     }
     return ModelSpec(**{**fields, **family})
 
@@ -152,6 +161,15 @@ def _head_dim(config: Any) -> int:
     if getattr(config, "head_dim", None) is not None:
         return _positive_int(config, "head_dim")
     return _positive_int(config, "hidden_size") // _positive_int(config, "num_attention_heads")
+
+
+def _norm_eps(config: Any) -> float:
+    value = getattr(config, "rms_norm_eps", None)
+    if not isinstance(value, (int, float)) or value < 0:
+        raise CheckpointError(
+            f"rms_norm_eps {value!r} of {config.model_type} is not a number from 0 on"
+        )
+    return float(value)
 
 
 def _activation(config: Any, key: str) -> Activation:
@@ -204,7 +222,7 @@ def _listed(names: Any) -> str:
 
 def _read_ropes(config: Any, can_rotate_partially: bool) -> dict[str, RopeSpec]:
     """Read one rope for all layers, or one for each of the layer types."""
-    parameters = config.rope_parameters
+    parameters = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or ()
     if set(parameters).isdisjoint(layer_types):
         return {_SINGLE_ROPE: _read_rope(config, parameters, can_rotate_partially)}

@@ -100,7 +100,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, build: Build, index: int) -> None:
         super().__init__()
         spec = build.spec
-        self._head_counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self._head_counts = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
         self._head_dim = spec.head_dim
         self._rope = spec.layers[index].rope
         self._activation = ACTIVATIONS[spec.activation]
@@ -138,24 +138,27 @@ class DecoderLayer(nn.Module):
 
     def attend(self, qkv: torch.Tensor, context: StepContext) -> torch.Tensor:
         """Rotary embedding, KV write and attention: [T, (H + 2 G) · D] -> [T, H · D]."""
-        heads = qkv.unflatten(-1, (-1, self._head_dim))
-        q, k, v = torch.split(heads, self._head_counts, dim=1)  # type: ignore[no-untyped-call]
+        heads = qkv.view(len(qkv), sum(self._head_counts), self._head_dim)
+        q, k, v = torch.split(heads, self._head_counts, dim=1)
         q, k = apply_rotary(self.q_norm(q), self.k_norm(k), *context.rotations[self._rope])
         attended = self._attention_forward(q, k, v, self.attention_spec, context.meta)
         return attended.flatten(1)
 
     def out(self, attended: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """Projection back into the stream."""
-        return stream + self.attention_post_norm(self.out_proj(attended))
+        added: torch.Tensor = self.attention_post_norm(self.out_proj(attended))
+        return stream + added
 
     def up(self, stream: torch.Tensor) -> torch.Tensor:
         """Norm, projection and gate: [T, hidden] -> [T, intermediate]."""
         gate, up = self.gate_up_proj(self.mlp_norm(stream)).chunk(2, dim=-1)
-        return self._activation(gate) * up
+        inner: torch.Tensor = self._activation(gate) * up
+        return inner
 
     def down(self, inner: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """Projection back into the stream."""
-        return stream + self.mlp_post_norm(self.down_proj(inner))
+        added: torch.Tensor = self.mlp_post_norm(self.down_proj(inner))
+        return stream + added
 
 
 def make_norm(build: Build, size: int) -> RMSNorm:
@@ -179,44 +182,36 @@ def make_attention_spec(spec: ModelSpec, index: int) -> AttentionSpec:
 def make_layer_linears(build: Build, index: int) -> dict[str, LinearSpec]:
     """Describe the four linear layers of one layer, by the name of their module."""
     spec = build.spec
-    layer, hidden, inner = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
-    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    qkv: tuple[tuple[str, int], ...] = (
-        (f"{attention}.q_proj", spec.q_size),
-        (f"{attention}.k_proj", spec.kv_size),
-        (f"{attention}.v_proj", spec.kv_size),
-    )
-    gate_up: tuple[tuple[str, int], ...] = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
+    hidden, inner, q_size, kv_size = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+    attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+    qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+    gate_up = {"gate_proj": inner, "up_proj": inner}
     if spec.fused_qkv:
-        qkv = ((f"{attention}.qkv_proj", spec.q_size + 2 * spec.kv_size),)
+        qkv = {"qkv_proj": q_size + 2 * kv_size}
     if spec.fused_gate_up:
-        gate_up = ((f"{mlp}.gate_up_proj", 2 * inner),)
+        gate_up = {"gate_up_proj": 2 * inner}
     make = partial(make_linear_spec, build)
     return {
-        "qkv_proj": make(f"{attention}.qkv_proj", hidden, qkv, spec.qkv_bias, "qkv"),
-        "out_proj": make(
-            f"{attention}.o_proj", spec.q_size, ((f"{attention}.o_proj", hidden),), spec.out_bias, "out"
-        ),
-        "gate_up_proj": make(f"{mlp}.gate_up_proj", hidden, gate_up, spec.mlp_bias, "gate_up"),
-        "down_proj": make(
-            f"{mlp}.down_proj", inner, ((f"{mlp}.down_proj", hidden),), spec.mlp_bias, "down"
-        ),
+        "qkv_proj": make("qkv", f"{attention}.qkv_proj", hidden, qkv, bias=spec.qkv_bias),
+        "out_proj": make("out", f"{attention}.o_proj", q_size, {"o_proj": hidden}, bias=spec.out_bias),
+        "gate_up_proj": make("gate_up", f"{mlp}.gate_up_proj", hidden, gate_up, bias=spec.mlp_bias),
+        "down_proj": make("down", f"{mlp}.down_proj", inner, {"down_proj": hidden}, bias=spec.mlp_bias),
     }
 
 
 def make_linear_spec(
-    build: Build,
-    name: str,
-    in_features: int,
-    shards: tuple[tuple[str, int], ...],
-    bias: bool,
-    role: str,
+    build: Build, role: str, name: str, in_features: int, shards: Mapping[str, int], *, bias: bool
 ) -> LinearSpec:
-    """Describe one linear layer of this decoder."""
+    """Describe one linear layer.
+
+    :param name: module path.
+    :param shards: output features by name; the shards are siblings of the module.
+    """
+    parent = name[: name.rfind(".") + 1]
     return LinearSpec(
         name=name,
         in_features=in_features,
-        shards=shards,
+        shards=tuple((parent + shard, size) for shard, size in shards.items()),
         bias=bias,
         dtype=build.dtype,
         device=build.device,

@@ -247,13 +247,20 @@ class Rig:
     def _forward(
         self, work: Sequence[tuple[Row, int]], layer: int, spec: AttentionSpec, meta: Any
     ) -> torch.Tensor:
+        fused = torch.cat(
+            [
+                torch.cat([x[row.done : row.done + count].flatten(1) for x in row.inputs[layer]], dim=1)
+                for row, count in work
+            ]
+        ).to(self.device)
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = (
-            torch.cat([row.inputs[layer][i][row.done : row.done + count] for row, count in work])
-            for i in range(3)
+            part.view(len(fused), -1, spec.head_dim)  # strided, as a fused projection gives them
+            for part in torch.split(fused, [n * spec.head_dim for n in heads], dim=1)
         )
         # Leaves NaN where an uninitialised result is likely to be allocated next.
         torch.full(q.shape, math.nan, dtype=q.dtype, device=self.device)
-        out = self.backend.forward(q.to(self.device), k.to(self.device), v.to(self.device), spec, meta)
+        out = self.backend.forward(q, k, v, spec, meta)
         assert out.shape == q.shape, f"forward returned {tuple(out.shape)}, not {tuple(q.shape)}"
         assert out.dtype == q.dtype, f"forward returned {out.dtype} for queries of {q.dtype}"
         return out.cpu()
@@ -269,7 +276,6 @@ class Rig:
 
     def run(self, rows: Sequence[Row]) -> None:
         """Compute the case's rows: the starts in chunks, the step itself, one token more."""
-        assert len(rows) == len(self.case.rows)
         self.advance(rows, [start for start, _ in self.case.rows], self.case.chunk)
         self.step([(row, count) for row, (_, count) in zip(rows, self.case.rows, strict=True)])
         self.step([(row, 1) for row in rows])
@@ -319,7 +325,7 @@ class AttentionConformance:
     """Multiples of 8."""
     tolerances: ClassVar[dict[str, float]] = TOLERANCES
     settings: ClassVar[hypothesis_settings] = hypothesis_settings(
-        max_examples=40, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25, deadline=None, suppress_health_check=list(HealthCheck)
     )
 
     # --- what subclasses may change ----------------------------------------------------------------
@@ -418,12 +424,14 @@ class AttentionConformance:
 
     def test_fulfils_the_protocol(self) -> None:
         """The loop calls what the Protocol names, as the Protocol says."""
-        assert missing_members(self.make_backend(), AttentionBackend) == []
+        problems = missing_members(self.make_backend(), AttentionBackend)
+        assert not problems, "; ".join(problems)
 
     def test_default_block_size_is_supported(self) -> None:
         """A default outside `block_sizes` could never be served."""
         if self.entry is not None and self.entry.block_sizes:
-            assert self.entry.default_block_size in self.entry.block_sizes
+            default, sizes = self.entry.default_block_size, self.entry.block_sizes
+            assert default in sizes, f"default_block_size {default} is none of {sizes}"
 
     def test_mixed_steps_match_dense_attention(self) -> None:
         """Every output of every ragged step is what the formula says.
@@ -511,8 +519,10 @@ class AttentionConformance:
             rig = self.rig(case, [2 * length])
             row = rig.add_row(inputs)
             rig.advance([row], [2 * length], case.chunk)
-            for layer in range(len(rig.specs)):
-                assert torch.equal(row.output(layer)[length:], expected[layer])
+            for layer, values in enumerate(expected):
+                actual = row.output(layer)[length:]
+                wrong = [i for i in range(length) if not torch.equal(actual[i], values[i])]
+                assert not wrong, f"layer {layer}: queries {wrong} did not find their values"
 
         nothing = st.none()
         self.check(law, window=nothing, softcap=nothing, scale=st.just(1.0))
@@ -542,10 +552,11 @@ class AttentionConformance:
             backend = self.make_backend()
             spec = cache_spec(case, 3, self.device)
             size = backend.cache_bytes_per_block(spec)
-            assert size > 0
-            assert backend.cache_bytes_per_block(replace(spec, num_blocks=7)) == size
-            twice = replace(spec, num_layers=2 * spec.num_layers)
-            assert backend.cache_bytes_per_block(twice) == 2 * size
+            assert size > 0, f"a block takes {size} bytes"
+            other = backend.cache_bytes_per_block(replace(spec, num_blocks=7))
+            assert other == size, f"one block of 3 takes {size} bytes, one of 7 takes {other}"
+            twice = backend.cache_bytes_per_block(replace(spec, num_layers=2 * spec.num_layers))
+            assert twice == 2 * size, f"{size} bytes became {twice} with twice the layers"
 
         self.check(law)
 
@@ -563,7 +574,8 @@ def retrieval_inputs(case: Case, length: int) -> tuple[Inputs, list[torch.Tensor
     """Make a sequence whose second half asks for the values of its first half, one by one.
 
     Keys are the bits of a number that is different at each position, as signs; a query is such a
-    key, so long that every other key has a weight of exactly zero.
+    key, so long that every other key has a weight of exactly zero.  Values have 11 significant bits,
+    which even the fastest matrix units multiply by one without rounding.
 
     :return: the inputs, 2 · length positions, and by layer what positions `length` and later must
         give: [length, H, D].
@@ -577,6 +589,7 @@ def retrieval_inputs(case: Case, length: int) -> tuple[Inputs, list[torch.Tensor
     expected = []
     for q, k, v in inputs:
         k.copy_(keys)
+        v.copy_(v.half())
         q[length:] = length_of_query * k[order].repeat_interleave(case.group, dim=1)
         expected.append(v[order].repeat_interleave(case.group, dim=1))
     return inputs, expected

@@ -229,42 +229,47 @@ def _randomize(model: PreTrainedModel, seed: int) -> None:
 
 
 def reference_logits(
-    path: Path, token_ids: Sequence[int], *, max_model_len: int | None = None
+    path: Path,
+    token_ids: Sequence[int],
+    *,
+    max_model_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Compute the logits of one sequence with `transformers`, in float32 and without a cache.
+    """Compute the logits of one sequence with `transformers`, without a cache.
 
     :param max_model_len: rotate as a server does whose sequences have at most so many tokens.
         `transformers` chooses the frequencies of longrope and dynamic scaling anew from the length
         of each forward; a server must not, because it keeps rotated keys.  `None` leaves it so.
+    :param dtype: of the weights.
     :return: [T, V] float32.
     """
-    return _forward(_load_reference(path, max_model_len), token_ids)
+    return _forward(_load_reference(path, max_model_len, dtype), token_ids)
 
 
 def reference_generate(
     path: Path, token_ids: Sequence[int], num_tokens: int, *, max_model_len: int | None = None
 ) -> list[int]:
-    """Draw greedily with `transformers`; every token recomputes the whole sequence.
+    """Draw greedily with `transformers` in float32; every token recomputes the whole sequence.
 
     :param num_tokens: how many; an end-of-sequence token does not stop it.
     :param max_model_len: as in `reference_logits`.
     :return: the new tokens.
     """
-    model = _load_reference(path, max_model_len)
+    model = _load_reference(path, max_model_len, torch.float32)
     tokens = list(token_ids)
     for _ in range(num_tokens):
         tokens.append(int(_forward(model, tokens)[-1].argmax()))
     return tokens[len(token_ids) :]
 
 
-def _load_reference(path: Path, max_model_len: int | None) -> PreTrainedModel:
+def _load_reference(path: Path, max_model_len: int | None, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  slow to import
 
     config = AutoConfig.from_pretrained(path)
     if max_model_len is not None:
         _fix_rope(config.get_text_config(), max_model_len)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, attn_implementation="eager"
+        path, config=config, dtype=dtype, attn_implementation="eager"
     )
     return model
 

@@ -11,6 +11,7 @@ It needs no installation, no device and no weights.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -74,6 +75,29 @@ print(json.dumps({
 """
 
 
+def watch_import(module: str, preload: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Import a module in a fresh interpreter and report what that did besides.
+
+    :param preload: imported before watching.
+    :return: `writes`, `environment` (both lists of names), `threads` (how many more), `cuda`
+        (whether it is initialised) and `modules` (all that are loaded).
+    """
+    child = subprocess.run(  # noqa: S603  our own interpreter, our own code
+        [sys.executable, "-B", "-c", _IMPORT_AND_WATCH, module, *preload],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert child.returncode == 0, f"importing {module} alone fails:\n{child.stderr}"
+    footprint: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return footprint
+
+
+_watch_once = functools.cache(watch_import)
+
+
 class PluginConformance:
     """What every plugin must do, whatever it contributes.
 
@@ -94,22 +118,10 @@ class PluginConformance:
         """Collect all that the plugin contributes."""
         return [descriptor for _, descriptor in show_plugin(MODULE + self.module).descriptors]
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def footprint(self) -> dict[str, Any]:
-        """Import the module in a fresh interpreter and watch."""
-        command = [sys.executable, "-B", "-c", _IMPORT_AND_WATCH, self.module, *self.preload]
-        path = os.pathsep.join(filter(None, sys.path))
-        child = subprocess.run(  # noqa: S603  our own interpreter, our own code
-            command,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        assert child.returncode == 0, f"importing {self.module} alone fails:\n{child.stderr}"
-        footprint: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-        return footprint
+        """Import the module in a fresh interpreter and watch; once for all tests."""
+        return _watch_once(self.module, self.preload)
 
     def test_import_touches_nothing(self, footprint: dict[str, Any]) -> None:
         """Every process imports the plugin again, so an import must have no effect of its own."""

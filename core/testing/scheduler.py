@@ -302,7 +302,7 @@ class SchedulerConformance:
 
     max_examples = 60
 
-    def make_scheduler(  # noqa: PLR6301  for subclasses to define
+    def make_scheduler(
         self,
         kv_cache: KVCache,
         *,
@@ -322,7 +322,7 @@ class SchedulerConformance:
             pass
 
         Machine.conformance = conformance
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]  # hypothesis leaves it untyped
+        run_state_machine_as_test(
             Machine,
             settings=settings(
                 max_examples=self.max_examples,

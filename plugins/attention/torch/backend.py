@@ -74,23 +74,29 @@ class TorchAttention:
 
     The cache is [layers, 2, num_blocks, G, block_size, D]: what one head has in one block lies
     together.  It is left uninitialised, since nothing is read that has not been written.
+
+    :param limits: of the tiles; by default what suits the cache's device.
     """
 
     _spec: KVCacheSpec
     _limits: TileLimits
     _cache: torch.Tensor
-    _scratch: torch.Tensor
+    _scratch: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(self, limits: TileLimits | None = None) -> None:
+        self._wanted_limits = limits
 
     def allocate_cache(self, spec: KVCacheSpec, /) -> None:
         """Allocate, or allocate anew, the pages of all layers."""
-        self._cache = self._scratch = torch.empty(0)  # the old ones must be gone first
+        self._cache = torch.empty(0)  # the old one must be gone first
         self._spec = spec
-        self._limits = CPU_LIMITS if spec.device.type == "cpu" else DEVICE_LIMITS
+        default = CPU_LIMITS if spec.device.type == "cpu" else DEVICE_LIMITS
+        self._limits = self._wanted_limits or default
         page = (spec.num_kv_heads, spec.block_size, spec.head_dim)
         self._cache = torch.empty(
             (spec.num_layers, 2, spec.num_blocks, *page), dtype=spec.dtype, device=spec.device
         )
-        self._scratch = self._cache.new_empty(2, self._limits.num_elements)
+        self._scratch = self._new_scratch(self._limits.num_elements)
 
     def cache_bytes_per_block(self, spec: KVCacheSpec, /) -> int:
         """Bytes of one block over all layers; `spec.num_blocks` is ignored."""
@@ -139,20 +145,25 @@ class TorchAttention:
         if isinstance(tile.keys, slice):
             return tuple(tokens[tile.keys].transpose(0, 1).unsqueeze(0) for tokens in fresh)
         num_rows, _, num_keys = tile.mask.shape
-        copies = self._scratch_like(num_rows, cache.shape[2], num_keys, cache.shape[4])
+        shape = (num_rows, cache.shape[2], num_keys, cache.shape[4])
+        copies = self._scratch_like(shape)
         for pages, copy in zip(cache, copies, strict=True):
-            torch.index_select(pages.flatten(0, 2), 0, tile.keys, out=copy.view(-1, copy.shape[3]))
-        return tuple(copies)
+            torch.index_select(pages.flatten(0, 2), 0, tile.keys, out=copy.view(-1, shape[3]))
+        return copies
 
-    def _scratch_like(self, *shape: int) -> torch.Tensor:
-        """Memory for one tile's keys and values.
+    def _scratch_like(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """Lend memory for one tile's keys and values.
 
         New memory for each copy would cost more in page faults than the copying itself.
         """
         size = int(np.prod(shape))
-        if size > self._scratch.shape[1]:
-            self._scratch = self._scratch.new_empty(2, size)
-        return self._scratch[:, :size].view(2, *shape)
+        if size > len(self._scratch[0]):
+            self._scratch = self._new_scratch(size)
+        return tuple(memory[:size].view(shape) for memory in self._scratch)
+
+    def _new_scratch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Two allocations, as kernels on GPUs want both to begin at a multiple of 16 bytes.
+        return self._cache.new_empty(size), self._cache.new_empty(size)
 
 
 # --- cutting a step into tiles ---------------------------------------------------------------------

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from core.events import (
+    BlocksEvicted,
+    EngineStarted,
+    EngineStopping,
+    EventBatch,
+    EventBus,
+    FirstToken,
+    RequestFinished,
+    RequestPreempted,
+    RequestQueued,
+    RequestRefused,
+    RequestScheduled,
+    StepCompleted,
+    StepFailed,
+    SubscriberDropped,
+    WorkerLost,
+)
+from core.pluginhost import PluginHost, Selected
+from plugins.observe import log as plugin
+
+
+def make_plan(**settings):
+    return SimpleNamespace(settings={"observe.log": plugin.LogSettings(**settings)})
+
+
+def finished(reason="stop", error=""):
+    return RequestFinished("r1", reason, 5, 3, 0, 0, 1.23456, error)
+
+
+def step(number=1, *, prompt=0, decodes=1, running=1, waiting=0, usage=0.5, duration=0.5):
+    tokens = [7] * decodes
+    ids = ["r"] * decodes
+    total = prompt + decodes
+    return StepCompleted(number, total, decodes, running, waiting, usage, duration, ids, tokens)
+
+
+def lines_of(batches, **settings):
+    """Feed (time, events) to a fresh subscriber and return what it logs."""
+    [subscription] = plugin.core_subscribe(make_plan(**settings))
+    with capture_logs() as lines:
+        for seq, (time, events) in enumerate(batches):
+            wanted = [event for event in events if isinstance(event, subscription.types)]
+            if wanted:
+                subscription.handler(EventBatch(seq, seq, time, wanted))
+    return lines
+
+
+ALWAYS = [
+    (EngineStarted(10, 16), "info", "engine started"),
+    (EngineStopping("shutdown"), "info", "engine stopping"),
+    (RequestRefused("r1", "too long"), "warning", "request refused"),
+    (finished("error", "boom"), "error", "request failed"),
+    (StepFailed(3, "boom", 2), "error", "step failed"),
+    (WorkerLost(1, "silent"), "error", "worker lost"),
+    (SubscriberDropped("x", "boom"), "error", "event subscriber switched off"),
+]
+NEVER = [
+    RequestQueued("r1", 5),
+    RequestScheduled("r1", 0, 0.1),
+    FirstToken("r1", 0.2),
+    BlocksEvicted([1]),
+]
+
+
+@pytest.mark.parametrize("has_requests", [False, True])
+@pytest.mark.parametrize("interval", [0.0, 10.0])
+@pytest.mark.parametrize(("event", "level", "text"), ALWAYS)
+def test_failures_and_the_engines_life_are_always_written(event, level, text, interval, has_requests):
+    [line] = lines_of([(0.0, [event])], interval=interval, requests=has_requests)
+    assert (line["log_level"], line["event"]) == (level, text)
+    for name in event.__struct_fields__:
+        value = getattr(event, name)
+        assert line.get(name, "") == (round(value, 3) if isinstance(value, float) else value)
+
+
+def test_requests_get_lines_only_when_asked_for():
+    batches = [(0.0, [RequestPreempted("r1", 4), finished(), finished("abort"), finished("length")])]
+    assert lines_of(batches) == []
+    assert lines_of(batches, interval=0) == []
+    lines = lines_of(batches, requests=True)
+    assert [line["event"] for line in lines] == ["request preempted", *["request finished"] * 3]
+    assert {line["log_level"] for line in lines} == {"info"}
+    assert lines[1]["duration"] == 1.235
+    assert "error" not in lines[1]
+
+
+def test_nothing_else_is_even_subscribed_to():
+    for interval in (0.0, 10.0):
+        for has_requests in (False, True):
+            [subscription] = plugin.core_subscribe(make_plan(interval=interval, requests=has_requests))
+            assert not {type(event) for event in NEVER} & set(subscription.types)
+            assert (StepCompleted in subscription.types) == (interval > 0)
+            assert (RequestPreempted in subscription.types) == (interval > 0 or has_requests)
+
+
+def test_statistics_come_at_most_every_interval():
+    times = [100 + 0.5 * i for i in range(1, 61)]  # steps of 0.5 s from 100 to 130
+    lines = lines_of([(time, [step()]) for time in times], interval=10)
+    assert [line["event"] for line in lines] == ["statistics"] * 3
+    for line in lines:
+        assert line["output_tokens_per_s"] == 2.0
+        assert line["prompt_tokens_per_s"] == 0.0
+
+
+def test_statistics_count():
+    batches = [
+        (1.0, [step(prompt=30, decodes=2, duration=1.0)]),
+        (
+            2.0,
+            [finished(), RequestPreempted("r2", 4), step(decodes=4, running=3, waiting=2, usage=0.25)],
+        ),
+        (2.0, [EngineStopping("shutdown")]),
+    ]
+    line, last = lines_of(batches)
+    assert last["event"] == "engine stopping"
+    assert line == {
+        "event": "statistics",
+        "log_level": "info",
+        "prompt_tokens_per_s": 20.0,  # 30 in the 1.5 s in which a step was under way
+        "output_tokens_per_s": 4.0,
+        "running": 3,
+        "waiting": 2,
+        "kv_usage": 0.25,
+        "finished": 1,
+        "preemptions": 1,
+    }
+
+
+def test_an_idle_engine_writes_nothing_and_idle_time_slows_nothing_down():
+    batches = [(1.0, [step(duration=1.0)]), (3600.0, [step(duration=1.0)])]
+    [line] = lines_of(batches, interval=10)
+    assert line["output_tokens_per_s"] == 1.0
+    assert lines_of([(0.0, [EngineStarted(1, 1)]), (99.0, [EngineStopping("x")])])[-1]["event"] == (
+        "engine stopping"
+    )
+
+
+def test_a_line_starts_afresh_after_the_one_before():
+    batches = [(20.0, [finished(), step(duration=15.0)]), (40.0, [step(decodes=0, duration=15.0)])]
+    first, second = lines_of(batches, interval=10)
+    assert (first["finished"], second["finished"]) == (1, 0)
+    assert second["output_tokens_per_s"] == 0.0
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=30)
+
+
+@given(SPANS, st.integers(0, 9), st.integers(0, 99))
+def test_no_token_is_lost_and_busy_time_is_the_union_of_the_steps(gaps, decodes, prompt):
+    statistics = plugin.Statistics()
+    begin = end = 1000  # steps are submitted in order, and their results are applied in order
+    busy = set()
+    for begin_gap, end_gap in gaps:
+        begin += begin_gap
+        end = max(begin, end + end_gap)
+        busy |= set(range(begin, end))
+        statistics.add_step(step(decodes=decodes, prompt=prompt, duration=end - begin), end)
+    assert statistics.busy == len(busy)
+    assert statistics.num_output_tokens == decodes * len(gaps)
+    assert statistics.num_prompt_tokens == prompt * len(gaps)
+    assert statistics.begin == 1000 + gaps[0][0]
+
+
+@pytest.mark.parametrize(
+    ("interval", "is_fine"), [(0, True), (0.5, True), (-1, False), (float("inf"), False)]
+)
+def test_an_impossible_interval_is_an_objection(interval, is_fine):
+    objections = list(plugin.core_check_plan(make_plan(interval=interval)))
+    assert (objections == []) == is_fine
+    assert all("--set observe.log.interval" in objection for objection in objections)
+
+
+def test_it_is_a_plugin_of_the_bus():
+    host = PluginHost.start([Selected("observe.log", "test")])
+    assert host.register_settings() == {"observe.log": plugin.LogSettings}
+    with capture_logs() as lines:
+        bus = EventBus(host.subscribe(make_plan()))
+        bus.publish([RequestQueued("r1", 5), finished("error", "boom")], step=1)
+        assert bus.flush()
+        bus.close()
+    assert [line["event"] for line in lines] == ["request failed"]
