@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import queue
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 from anyio import from_thread, to_thread
+from anyio.lowlevel import current_token
 
 from core.assemble import build_engine, resolve
 from core.config import load_config
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
 
-    from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
 
     from core.messages import OutputBatch
@@ -52,7 +53,6 @@ class Engine:
         self._ids = itertools.count()
         self._error: BaseException | None = None
         self._is_closed = False
-        self._tasks: TaskGroup
 
     async def __aenter__(self) -> Self:
         self.assembly = await to_thread.run_sync(resolve, self._config)
@@ -61,10 +61,13 @@ class Engine:
             make_journal, self.assembly, self.core.kv_cache.num_blocks
         )
         self._defaults = load_sampling_defaults(self.assembly)
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        self._tasks.start_soon(self._run_core)
-        self._tasks.start_soon(to_thread.run_sync, self._pump)
+        self._loop = current_token()
+        self._threads = [
+            threading.Thread(target=target, name=f"engine:{target.__name__}", daemon=True)
+            for target in (self._run_core, self._pump)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self
 
     async def __aexit__(
@@ -76,7 +79,8 @@ class Engine:
         self._is_closed = True
         self.core.stop()
         with anyio.CancelScope(shield=True):
-            await self._tasks.__aexit__(None, None, None)
+            for thread in self._threads:
+                await to_thread.run_sync(thread.join)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -132,9 +136,9 @@ class Engine:
                 "the engine has stopped, so this request cannot be served"
             ) from self._error
 
-    async def _run_core(self) -> None:
+    def _run_core(self) -> None:
         try:
-            await to_thread.run_sync(self.core.run)
+            self.core.run()
         except BaseException as error:  # noqa: BLE001  every stream must hear of it, whatever it is
             self._error = error
         finally:
@@ -147,8 +151,12 @@ class Engine:
             while not self._batches.empty():
                 gathered.append(self._batches.get_nowait())
             batches = [batch for batch in gathered if batch is not None]
-            from_thread.run_sync(self._deliver, batches, len(batches) < len(gathered))
-            if len(batches) < len(gathered):
+            is_last = len(batches) < len(gathered)
+            try:
+                from_thread.run_sync(self._deliver, batches, is_last, token=self._loop)
+            except anyio.RunFinishedError:  # the event loop ended before the engine was closed
+                return
+            if is_last:
                 return
 
     def _deliver(self, batches: list[OutputBatch], is_last: bool) -> None:

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(tokens: list[str]) -> int:
     named, tokens = _split_leading_plugins(tokens)
     app = make_app()
-    if tokens and tokens[0] in app:
+    if tokens and tokens[0] not in app.help_flags and tokens[0] in app:
         tokens += [f"--plugins={item}" for item in named]
     else:
         _add_plugin_commands(app, named or [os.environ.get(f"{ENV_PREFIX}PLUGINS", "")])

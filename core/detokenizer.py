@@ -84,21 +84,22 @@ class IncrementalDetokenizer:
         :return: the text that is certain now.  Held back are bytes that do not complete a character
             yet, and the longest end of the text that could still become a stop string.
         """
-        if self.stop_reason is not None:
-            return Delta("", self.stop_reason, 0)
+        stop = self.stop_reason
+        if stop is not None:
+            return Delta("", stop, 0)
         if self._node is None:
             self.num_tokens += len(token_ids)
             return Delta(self._stream.push(token_ids), None, len(token_ids))
-        texts = []
-        for num_kept, token_id in enumerate(token_ids, 1):
+        text, num_before = "", self.num_tokens
+        for token_id in token_ids:
             self.num_tokens += 1
-            texts.append(self._match(self._stream.push((token_id,)), self._node))
+            text += self._match(self._stream.push((token_id,)), self._node)
             if self.stop_reason is not None:
-                return Delta("".join(texts), self.stop_reason, num_kept)
-        return Delta("".join(texts), None, len(token_ids))
+                break
+        return Delta(text, self.stop_reason, self.num_tokens - num_before)
 
     def finish(self) -> str:
-        """Return what is still held back, because no more tokens come."""
+        """Return what is still held back, because no more tokens come; call it last."""
         if self.stop_reason is not None:
             return ""
         text = self._stream.flush()

@@ -93,7 +93,8 @@ class TorchExecutor:
         if self._plan.config.load_format == "dummy":
             load_dummy(self._decoder, self._plan.config.seed)
         else:
-            load_weights(self._decoder, self._plan.model_path, device=self.device)
+            revision = self._plan.config.revision
+            load_weights(self._decoder, self._plan.model_path, device=self.device, revision=revision)
 
     def kv_capacity(self) -> int:
         """Measure how many KV blocks fit, the null block included.

@@ -161,6 +161,8 @@ class Journal:
                 "prompt: text needs a tokenizer, but this model has none; send token ids",
                 field="prompt",
             )
+        if not prompt:
+            raise InvalidRequestError("prompt: text must not be empty", field="prompt")
         return prompt, self.tokenizer.encode(prompt)
 
     def _next_seed(self, params: SamplingParams) -> int:

@@ -68,10 +68,13 @@ def compile_decoder(state: Mapping[str, Any] | None) -> DecoderRule | None:
     kinds = [step["type"] for step in steps]
     if kinds not in (["ByteFallback", "Fuse"], ["ByteFallback", "Fuse", "Strip"]):
         return None
-    lead = steps[2] if len(steps) == 3 else {"content": " ", "start": 0, "stop": 0}
-    if lead["content"] != " " or lead["stop"]:
+    strip = steps[2] if len(steps) == 3 else _NO_STRIP
+    if strip["content"] != " " or strip["stop"]:
         return None
-    return DecoderRule(_FallbackToBytes(tuple(replacements)), lead["start"])
+    return DecoderRule(_FallbackToBytes(tuple(replacements)), strip["start"])
+
+
+_NO_STRIP: Final[Mapping[str, Any]] = {"content": " ", "start": 0, "stop": 0}
 
 
 def _flatten(state: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -158,7 +161,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any, *, eos_token_ids: Sequence[int] = ()) -> None:
         self.hf = hf
-        self._backend = getattr(hf, "backend_tokenizer", None)
+        self._backend: Any = getattr(hf, "backend_tokenizer", None)
         own = () if hf.eos_token_id is None else (hf.eos_token_id,)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_token_ids, *own]))
         self.vocab_size: int = max(hf.get_vocab().values(), default=-1) + 1
@@ -214,8 +217,7 @@ class Tokenizer:
             )
             return ids
         backend = self._backend if parse_special else self._plain_backend
-        ids = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     @cached_property
     def _plain_backend(self) -> Any:
@@ -421,7 +423,7 @@ def _load_eos_token_ids(path: str | Path, revision: str | None) -> list[int]:
 
 
 def _list_ids(value: object, file: str) -> list[int]:
-    ids = [] if value is None else list(value) if isinstance(value, list) else [value]
+    ids: list[Any] = [] if value is None else list(value) if isinstance(value, list) else [value]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             raise CheckpointError(
@@ -448,7 +450,7 @@ def _find_file(path: str | Path, name: str, revision: str | None) -> Path | None
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
-    from transformers.utils import cached_file  # noqa: PLC0415  slow to import
+    from transformers.utils.hub import cached_file  # noqa: PLC0415  slow to import
 
     try:
         found = cached_file(str(path), name, revision=revision)

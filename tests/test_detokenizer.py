@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ def _chunks(data, ids):
     """Cut `ids` into pushes, some of them empty."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=6), label="cuts"))
     edges = [0, *cuts, len(ids)]
-    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _run(detokenizer, chunks):
@@ -45,7 +46,7 @@ def _run(detokenizer, chunks):
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data(), prompt=TEXT, text=TEXT, skip=st.booleans())
 def test_text_in_any_chunks_is_what_transformers_decodes_after_the_prompt(
-    tokenizers, kind, data, prompt, text, skip
+    tokenizers, kind, *, data, prompt, text, skip
 ):
     tokenizer = tokenizers[kind]
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=data.draw(st.booleans(), label="bos"))
@@ -62,7 +63,7 @@ def test_text_in_any_chunks_is_what_transformers_decodes_after_the_prompt(
 
 @pytest.mark.parametrize("kind", TABLE_KINDS)
 @given(data=st.data(), prompt=IDS, ids=IDS, skip=st.booleans())
-def test_any_tokens_give_the_text_of_one_decode(tokenizers, kind, data, prompt, ids, skip):
+def test_any_tokens_give_the_text_of_one_decode(tokenizers, kind, *, data, prompt, ids, skip):
     tokenizer = tokenizers[kind]
     before, both = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
     detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt, skip_special_tokens=skip)
@@ -199,7 +200,7 @@ def _piece_texts(tokenizer, prompt, ids):
     include=st.booleans(),
     min_tokens=st.sampled_from([0, 0, 1, 3, 6]),
 )
-def test_stop_strings_in_any_chunks(tokenizers, kind, data, text, stops, include, min_tokens):
+def test_stop_strings_in_any_chunks(tokenizers, kind, *, data, text, stops, include, min_tokens):
     tokenizer = tokenizers[kind]
     prompt = tokenizer.encode("x")
     ids = tokenizer.encode("x" + text)[len(prompt) :]

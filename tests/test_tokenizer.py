@@ -402,7 +402,7 @@ def test_generation_defaults(tmp_path):
 )
 def test_generation_defaults_that_make_no_sense_are_an_error(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="generation_config.json"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         load_generation_defaults(tmp_path)
 
 

@@ -82,6 +82,7 @@ _MULTIMODAL: Final[dict[str, Any]] = {
     "tie_word_embeddings": True,
 }
 _GEMMA: Final[dict[str, Any]] = {
+    "hidden_size": 48,  # whose root, the embedding scale, no dtype holds exactly
     "head_dim": 16,
     "sliding_window": SLIDING_WINDOW,
     "query_pre_attn_scalar": 24,
@@ -96,6 +97,7 @@ _GEMMA3: Final[dict[str, Any]] = {
         "full_attention",
         "sliding_attention",
     ],
+    "final_logit_softcapping": 2.0,
 }
 _GEMMA3_ROPE: Final[dict[str, Any]] = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -176,7 +178,7 @@ FAMILIES: Final[dict[str, Variant]] = {
     "gemma2": Variant(
         "gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0}
     ),
-    "gemma3": Variant("gemma3_text", {**_GEMMA3, "final_logit_softcapping": 2.0}, _GEMMA3_ROPE),
+    "gemma3": Variant("gemma3_text", _GEMMA3, _GEMMA3_ROPE),
     "gemma3-multimodal": Variant("gemma3", _GEMMA3, _GEMMA3_ROPE),
 }
 """By name: one variant for every behaviour that some family has.
@@ -186,15 +188,20 @@ FAMILIES: Final[dict[str, Variant]] = {
 """
 
 
-def make_checkpoint(variant: str, path: Path, *, seed: int = 0, num_shards: int = 1) -> Path:
+def make_checkpoint(
+    variant: str, path: Path, *, seed: int = 0, num_shards: int = 1, vocab_size: int = VOCAB_SIZE
+) -> Path:
     """Write a random checkpoint of a variant in float32, as `save_pretrained` writes it.
 
     :param variant: a key of `FAMILIES`.
     :param path: the folder, made if needed.
     :param num_shards: above 1, about so many files and an index.
+    :param vocab_size: at least `VOCAB_SIZE`; a tokenizer beside the checkpoint wants as many.
     :return: `path`.
     """
-    model = _make_model(FAMILIES[variant].make_config())
+    config = FAMILIES[variant].make_config()
+    config.get_text_config().vocab_size = vocab_size
+    model = _make_model(config)
     _randomize(model, seed)
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(path, max_shard_size=-(-num_bytes // num_shards))
@@ -260,6 +267,29 @@ def reference_generate(
     for _ in range(num_tokens):
         tokens.append(int(_forward(model, tokens)[-1].argmax()))
     return tokens[len(token_ids) :]
+
+
+@torch.inference_mode()
+def reference_generate_batch(
+    path: Path, prompts: Sequence[Sequence[int]], num_tokens: int, *, max_model_len: int
+) -> list[list[int]]:
+    """Draw greedily for several prompts at once, padded on the right, recomputing everything.
+
+    :param max_model_len: as in `reference_logits`; needed, because padding lengthens the forward.
+    :return: the new tokens of each prompt.
+    """
+    model = _load_reference(path, max_model_len, torch.float32)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.zeros(len(prompts), int(lengths.max()) + num_tokens, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    rows = torch.arange(len(prompts))
+    for step in range(num_tokens):
+        ends = lengths + step
+        # What is behind a row's end is in the future of all that is read, so it need not be masked.
+        logits = model(input_ids=tokens[:, : int(ends.max())], use_cache=False).logits
+        tokens[rows, ends] = logits[rows, ends - 1].argmax(-1)
+    return [row[n : n + num_tokens].tolist() for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
 
 def _load_reference(path: Path, max_model_len: int | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -156,10 +156,14 @@ class PrefixModel:
 
 @st.composite
 def _requests(draw: st.DrawFn) -> Request:
-    """Draw a request that is likely to begin as others do."""
-    tokens = draw(st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=MAX_TOKENS // 2))
+    """Draw a request that begins as others do: zeros, and perhaps a single one among them."""
+    tokens = [0] * draw(st.integers(1, MAX_TOKENS // 2))
+    one = draw(st.integers(0, 2 * len(tokens)))
+    if one < len(tokens):
+        tokens[one] = 1
     salt = draw(st.sampled_from(["", "", "a"]))
-    return make_request("", tokens, salt=salt, prompt_logprobs=draw(st.sampled_from([None, None, 0])))
+    prompt_logprobs = draw(st.sampled_from([None, None, None, 0]))
+    return make_request("", tokens, salt=salt, prompt_logprobs=prompt_logprobs)
 
 
 class KVCacheMachine(RuleBasedStateMachine):
@@ -176,35 +180,50 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.num_evictions = 0
         self.counts = (0, 0)
 
-    @initialize(num_usable=st.integers(1, 8), block_size=st.integers(1, 3))
-    def start(self, num_usable: int, block_size: int) -> None:
-        """Make a fresh cache."""
+    @initialize(
+        num_usable=st.sampled_from([8, 6, 5, 4, 3, 2, 1]),
+        block_size=st.sampled_from([1, 2, 2, 3]),
+        requests=st.lists(_requests(), min_size=2, max_size=MAX_REQUESTS),
+    )
+    def start(self, num_usable: int, block_size: int, requests: list[Request]) -> None:
+        """Make a fresh cache, and requests that wait for it."""
         self.kv_cache = self.conformance.make_kv_cache(num_usable + 1, block_size)
         self.kv_cache.record_events = True
         self.num_usable = num_usable
         self.block_size = block_size
         self.model = PrefixModel(block_size)
         assert (self.kv_cache.num_blocks, self.kv_cache.block_size) == (num_usable, block_size)
+        capacity = num_usable * block_size
+        assert [n for n in range(2 * capacity) if self.kv_cache.can_ever_fit(n)] == [
+            *range(capacity + 1)
+        ]
+        for request in requests:
+            self._add(request)
 
     @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
-    @rule(request=_requests(), progress=st.integers(0, 3))
-    def serve(self, request: Request, progress: int) -> None:
-        """Bring a new request in, up to waiting, looked up, computed or ended."""
-        self.num_made += 1
-        request.request_id = f"r{self.num_made}"
-        self.requests.append(request)
-        if progress > 0:
-            self._lookup(request)
-        if progress > 1 and self._reserve(request, request.num_tokens):
-            self._confirm(request, request.num_tokens)
-        if progress > 2:
+    @rule(
+        request=_requests(),
+        num_in_flight=st.sampled_from([0, 0, 1, 3]),
+        is_short=st.booleans(),
+    )
+    def serve(self, request: Request, num_in_flight: int, is_short: bool) -> None:
+        """Bring a new request in, and let it end at once or stay."""
+        self._add(request)
+        self._run(request, num_in_flight)
+        if is_short:
             self._free(request)
             self.requests.remove(request)
 
     @precondition(lambda self: self._without_blocks())
+    @rule(data=st.data(), num_in_flight=st.sampled_from([0, 0, 1, 3]))
+    def admit(self, data: st.DataObject, num_in_flight: int) -> None:
+        """Let a request run that waits or was preempted."""
+        self._run(data.draw(st.sampled_from(self._without_blocks())), num_in_flight)
+
+    @precondition(lambda self: self._without_blocks())
     @rule(data=st.data())
     def lookup(self, data: st.DataObject) -> None:
-        """Look a request up, for the first time or after a preemption."""
+        """Look a request up and leave it at that."""
         self._lookup(data.draw(st.sampled_from(self._without_blocks())))
 
     @precondition(lambda self: self.requests)
@@ -243,18 +262,12 @@ class KVCacheMachine(RuleBasedStateMachine):
         if is_last:
             self.requests.remove(request)
 
-    @rule(chance=st.integers(0, 3))
+    @rule(chance=st.integers(0, 7))
     def reset(self, chance: int) -> None:
         """Forget all prefixes, now and then."""
         if chance == 0:
             self.kv_cache.reset()
             self.model.reset(self.requests)
-
-    @rule(num_tokens=st.integers(0, 30))
-    def ask_capacity(self, num_tokens: int) -> None:
-        """Compare the answer with the size of the pool."""
-        fits = num_tokens <= self.num_usable * self.block_size
-        assert self.kv_cache.can_ever_fit(num_tokens) == fits
 
     @invariant()
     def books_balance(self) -> None:
@@ -271,6 +284,20 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert counts >= self.counts
         self.counts = counts
         self._check_fragmentation(stats.fragmentation, held)
+
+    def _add(self, request: Request) -> None:
+        self.num_made += 1
+        request.request_id = f"r{self.num_made}"
+        self.requests.append(request)
+
+    def _run(self, request: Request, num_in_flight: int) -> None:
+        """Look up, reserve and compute everything; the last positions have not come back yet."""
+        self._lookup(request)
+        if self._reserve(request, request.num_tokens):
+            request.num_computed = request.num_tokens
+            self._confirm(request, max(request.num_confirmed, request.num_tokens - num_in_flight))
+        elif request.block_ids:
+            self._free(request)
 
     def _lookup(self, request: Request) -> None:
         found = self.kv_cache.lookup(request)
@@ -341,7 +368,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 class KVCacheConformance:
     """Subclass, return your cache from `make_kv_cache`, and let pytest collect the tests."""
 
-    max_examples = 60
+    max_examples = 100
 
     def make_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Make the cache under test, prefix caching switched on.

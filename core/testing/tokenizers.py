@@ -37,7 +37,7 @@ SPECIAL_TOKENS: Final = (
 )
 """Ids 0 and up, the same in every kind; 1 and 2 are those of `core.testing.checkpoints`."""
 PAD_ID, BOS_ID, EOS_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID = range(len(SPECIAL_TOKENS))
-PLAIN_ADDED_TOKEN: Final = "<tool>"
+PLAIN_ADDED_TOKEN: Final = "<tool>"  # noqa: S105  no password
 """Added to the vocabulary without being special: it shows even if special tokens are skipped."""
 
 CHAT_TEMPLATE: Final = """\
@@ -62,7 +62,7 @@ CORPUS: Final = (
     "Numbers: 0 1 2 3 10 42 100 1999 2024 3.14159 and 65536.",
     "Größe, façade, naïve, señor, Łódź, čeština: Latin letters beyond ASCII.",
     "Привет, мир! Быстрая лиса прыгает через ленивую собаку.",
-    "你好，世界！今天的天气很好。 日本語の文章もあります。",
+    "你好，世界！今天的天气很好。 日本語の文章もあります。",  # noqa: RUF001  Chinese punctuation
     "Emoji: 😀 🎉 👩‍👩‍👧 🇩🇪 and symbols → ≤ ≥ € ½.",
     "the the the and and of of to to in in that that is is it it for for with with on on",
 )

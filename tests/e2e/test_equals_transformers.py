@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from core import LLM, SamplingParams
-from core.testing.checkpoints import FAMILIES, make_checkpoint, reference_generate, reference_logits
+from core.testing.checkpoints import (
+    FAMILIES,
+    make_checkpoint,
+    reference_generate_batch,
+    reference_logits,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,9 +42,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     rng = random.Random(request.param)
     prompts = [[rng.randrange(3, 120) for _ in range(length)] for length in PROMPT_LENGTHS]
     prompts.append([*prompts[3][:30], 5, 6])  # shares a prefix with another
-    outputs = [
-        reference_generate(path, prompt, NUM_TOKENS, max_model_len=MAX_MODEL_LEN) for prompt in prompts
-    ]
+    outputs = reference_generate_batch(path, prompts, NUM_TOKENS, max_model_len=MAX_MODEL_LEN)
     return Reference(path, prompts, outputs)
 
 

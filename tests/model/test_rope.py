@@ -32,7 +32,16 @@ def test_frequencies_equal_transformers(variant, max_len, checkpoint):
     assert rope.attention_factor == pytest.approx(attention_factor)
 
 
-@pytest.mark.parametrize("options", [{}, {"mscale": 0.7, "mscale_all_dim": 1.0}, {"truncate": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mscale": 0.7, "mscale_all_dim": 1.0},
+        {"attention_factor": 1.5},
+        {"truncate": False},
+        {"beta_fast": 8.0, "beta_slow": 6.0},  # a ramp without width
+    ],
+)
 def test_options_of_yarn_equal_transformers(options):
     entry = FAMILIES["llama-yarn"]
     config = type(entry)(entry.model_type, entry.settings, {**entry.rope, **options}).make_config()
