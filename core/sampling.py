@@ -375,7 +375,7 @@ def _reals_of(params: SamplingParams) -> list[float]:
     is_greedy = params.is_greedy
     return [
         1.0 if is_greedy else params.top_p,
-        1.0 if is_greedy else max(params.temperature, _TINY),
+        max(params.temperature, _TINY),
         0.0 if is_greedy else params.min_p,
         params.presence_penalty,
         params.frequency_penalty,

@@ -650,6 +650,14 @@ def test_only_rows_that_sample_decide_about_logprobs():
     assert sample(sampler, logits.expand(3, -1), [2, 0, 1], [2] * 3).logprobs.top_ids.shape == (3, 5)
 
 
+def test_recycled_rows_want_no_stage_and_no_logprobs_of_the_past():
+    sampler = make_sampler(1, 16)
+    sampler.add(random_case(full_params(16), 16, seed=1).entry(0))
+    sampler.add(random_case(SamplingParams(temperature=0.0), 16, seed=1).entry(0))
+    assert sampler.state.stages([0]) == Stage(0)
+    assert sample(sampler, torch.zeros(1, 16), [0], [2]).logprobs is None
+
+
 @pytest.mark.parametrize("num_top", [0, 1, 20])
 @pytest.mark.parametrize("num_rows", [0, 1, 70])
 @pytest.mark.parametrize("chunk", [1, 1000, 2**17])

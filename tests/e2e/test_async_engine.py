@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+DEVICE = os.environ.get("CYTHERA_TEST_DEVICE", "cpu")
+
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
-    "device": "cpu",
+    "device": DEVICE,
     "max_model_len": 96,
     "num_kv_blocks": 64,
     "block_size": 4,

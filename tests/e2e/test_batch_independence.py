@@ -6,6 +6,7 @@ model runs in float64, so that the order of a sum cannot flip a choice.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,8 @@ from core.testing.checkpoints import make_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+DEVICE = os.environ.get("CYTHERA_TEST_DEVICE", "cpu")
 
 VOCAB = 100  # below the vocabulary of every checkpoint
 
@@ -60,7 +63,12 @@ requests = st.lists(st.tuples(prompts, sampling_params()), min_size=2, max_size=
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, LLM]]:
     path = str(make_checkpoint("llama3", tmp_path_factory.mktemp("independence")))
-    common: dict[str, Any] = {"dtype": "float64", "device": "cpu", "max_model_len": 64, "block_size": 4}
+    common: dict[str, Any] = {
+        "dtype": "float64",
+        "device": DEVICE,
+        "max_model_len": 64,
+        "block_size": 4,
+    }
     alone = LLM(path, **common, num_kv_blocks=64, enable_prefix_caching=False, max_num_seqs=3)
     crowded = LLM(
         path,

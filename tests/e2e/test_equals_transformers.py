@@ -6,6 +6,7 @@ be the same ones, whatever the chunks, the cache hits, the preemptions or the or
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from core.testing.checkpoints import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+DEVICE = os.environ.get("CYTHERA_TEST_DEVICE", "cpu")
 
 NUM_TOKENS = 64
 PROMPT_LENGTHS = (3, 21, 9, 34, 17)
@@ -72,7 +75,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def make_llm(path: Path, **settings: Any) -> LLM:
     defaults = {
         "dtype": "float32",
-        "device": "cpu",
+        "device": DEVICE,
         "max_model_len": MAX_MODEL_LEN,
         "num_kv_blocks": 256,
         "block_size": 8,

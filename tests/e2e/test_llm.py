@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+DEVICE = os.environ.get("CYTHERA_TEST_DEVICE", "cpu")
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
@@ -35,7 +38,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> Iterator[LLM]:
-    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 96}
+    settings: dict[str, Any] = {"dtype": "float32", "device": DEVICE, "max_model_len": 96}
     with LLM(str(path), num_kv_blocks=64, block_size=4, **settings) as engine:
         yield engine
 
@@ -188,7 +191,7 @@ def test_default_parameters_come_from_the_checkpoint(llm: LLM) -> None:
 
 def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
     folder = make_checkpoint("qwen3", tmp_path)
-    with LLM(str(folder), dtype="float32", device="cpu", max_model_len=32, num_kv_blocks=8) as llm:
+    with LLM(str(folder), dtype="float32", device=DEVICE, max_model_len=32, num_kv_blocks=8) as llm:
         output = llm.generate([[3, 4]], GREEDY)[0].outputs[0]
         assert output.token_ids
         assert not output.text
@@ -204,8 +207,8 @@ def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(CheckpointError):
-        LLM(str(folder), device="cpu", num_kv_blocks=8)
-    with LLM(str(folder), device="cpu", load_format="dummy", max_model_len=32, num_kv_blocks=8) as llm:
+        LLM(str(folder), device=DEVICE, num_kv_blocks=8)
+    with LLM(str(folder), device=DEVICE, load_format="dummy", max_model_len=32, num_kv_blocks=8) as llm:
         assert (
             len(llm.generate([[3, 4]], SamplingParams(max_tokens=4, ignore_eos=True))[0].outputs) == 1
         )
@@ -222,7 +225,7 @@ def test_errors_at_the_door_of_the_engine(path: Path) -> None:
     ]
     for settings, kind, words in cases:
         with pytest.raises(kind, match=words):
-            LLM(str(path), **{"device": "cpu", **settings})
+            LLM(str(path), **{"device": DEVICE, **settings})
 
 
 def test_public_names_are_importable_and_unknown_ones_are_not() -> None:
