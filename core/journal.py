@@ -313,7 +313,7 @@ class Journal:
         return table
 
     def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
-        text = None if self.tokenizer is None else self.tokenizer.decode([token_id])
+        text = None if self.tokenizer is None else self.tokenizer.token_text(token_id)
         return Logprob(logprob, rank, text)
 
 

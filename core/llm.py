@@ -192,9 +192,12 @@ class LLM:
 def make_journal(assembly: Assembly, num_kv_blocks: int) -> Journal:
     """Make the front half that fits an engine: limits, tokenizer and end-of-sequence ids."""
     plan = assembly.plan
-    tokenizer = load_tokenizer(plan.config.tokenizer or plan.model_path, revision=plan.config.revision)
-    defaults = load_generation_defaults(plan.model_path)
-    eos = defaults.get("eos_token_ids") or (tokenizer.eos_token_ids if tokenizer else ())
+    revision = plan.config.revision
+    tokenizer = load_tokenizer(plan.config.tokenizer or plan.model_path, revision=revision)
+    if tokenizer is not None:
+        eos = tokenizer.eos_token_ids
+    else:
+        eos = load_generation_defaults(plan.model_path, revision=revision).get("eos_token_ids", ())
     return Journal(
         plan.limits(num_kv_blocks), tokenizer, eos_token_ids=list(eos), seed=plan.config.seed
     )
@@ -204,7 +207,9 @@ def load_sampling_defaults(assembly: Assembly) -> dict[str, Any]:
     """Read the sampling defaults that the checkpoint recommends, unless they are switched off."""
     if assembly.plan.config.generation_config == "none":
         return {}
-    defaults = load_generation_defaults(assembly.plan.model_path)
+    defaults = load_generation_defaults(
+        assembly.plan.model_path, revision=assembly.plan.config.revision
+    )
     return {key: value for key, value in defaults.items() if key in SamplingParams.__struct_fields__}
 
 

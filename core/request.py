@@ -118,6 +118,7 @@ class Request:
         "block_ids",
         "cache_salt",
         "finish_reason",
+        "is_decoding",
         "max_tokens",
         "num_cached",
         "num_computed",
@@ -175,6 +176,7 @@ class Request:
         self.num_computed = 0
         self.num_confirmed = 0
         self.num_inflight = 0
+        self.is_decoding = False  # all known tokens are planned: each step adds one
         self.num_cached = 0
         self.num_preemptions = 0
         self.block_ids: list[int] = []  # the block table; only a KVCache writes it

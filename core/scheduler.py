@@ -176,45 +176,36 @@ class TokenBudgetScheduler:
 
         Decodes are written out inline: this loop is most of what a step costs on the host.
         """
-        running = self._running
         block_size = self._block_size
-        spare = self._max_tokens - len(running)
+        spare = self._max_tokens - len(self._running)
+        decodes = step.requests
         chunks: list[tuple[Request, int]] = []
-        rows, starts, requests, ends, epochs = (
-            plan.rows,
-            plan.starts,
-            step.requests,
-            step.ends,
-            step.epochs,
-        )
-        index = 0
-        while index < len(running):  # shrinks from its end when somebody is preempted
-            request = running[index]
-            index += 1
+        for request in self._running:  # shrinks behind us when somebody is preempted
             start = request.num_computed
-            num_pending = len(request.token_ids) + request.num_inflight - start
-            if num_pending > 1:
-                count = min(num_pending, spare + 1, self._max_chunk)
+            if not request.is_decoding:
+                count = min(request.num_tokens - start, spare + 1, self._max_chunk)
                 spare -= count - 1
                 chunks.append((request, count))
                 continue
             if start >= request.num_positions:  # its last token is on its way
                 spare += 1
                 continue
-            if start >= len(request.block_ids) * block_size and not self._grow(
-                plan, request, start + 1
+            if (
+                start % block_size == 0
+                and start >= len(request.block_ids) * block_size
+                and not self._grow(plan, request, start + 1)
             ):
                 break
-            rows.append(request.row)
-            starts.append(start)
-            requests.append(request)
-            ends.append(start + 1)
-            epochs.append(request.num_preemptions)
+            decodes.append(request)
             request.num_computed = start + 1
             request.num_inflight += 1
-        plan.num_decodes = len(rows)
-        plan.counts = [1] * len(rows)
-        plan.samples = [True] * len(rows)
+        step.ends = [request.num_computed for request in decodes]
+        step.epochs = [request.num_preemptions for request in decodes]
+        plan.rows = [request.row for request in decodes]
+        plan.starts = [end - 1 for end in step.ends]
+        plan.num_decodes = len(decodes)
+        plan.counts = [1] * len(decodes)
+        plan.samples = [True] * len(decodes)
         for request, count in chunks:  # none was preempted since: victims come from the other end
             self._schedule(plan, step, request, count)
         return spare
@@ -233,7 +224,7 @@ class TokenBudgetScheduler:
     def _schedule(self, plan: StepPlan, step: _InFlight, request: Request, count: int) -> None:
         start = request.num_computed
         end = start + count
-        is_caught_up = end == request.num_tokens + request.num_inflight
+        is_caught_up = end == request.num_tokens
         plan.rows.append(request.row)
         plan.starts.append(start)
         plan.counts.append(count)
@@ -243,6 +234,7 @@ class TokenBudgetScheduler:
         step.epochs.append(request.num_preemptions)
         request.num_computed = end
         request.num_inflight += is_caught_up
+        request.is_decoding = is_caught_up
 
     def _admit(self, plan: StepPlan, step: _InFlight, spare: int) -> None:
         """Give rows to waiting requests, best first, while tokens, rows and blocks last."""
@@ -314,6 +306,7 @@ class TokenBudgetScheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         request.num_computed = request.num_confirmed = 0
+        request.is_decoding = False
         request.status = RequestStatus.WAITING
         self._give_back(request)
         self._wait(request)
@@ -336,25 +329,25 @@ class TokenBudgetScheduler:
         """
         step = self._take_oldest(result)
         outputs = StepOutputs()
-        requests, tokens = outputs.requests, outputs.tokens
+        add_request, add_token = outputs.requests.append, outputs.tokens.append
         block_size, commit = self._block_size, self._kv_cache.commit
+        finished = RequestStatus.FINISHED  # a look-up on an enum is slow
         for request, token, end, epoch in zip(
             step.requests, result.tokens, step.ends, step.epochs, strict=True
         ):
-            if request.status is RequestStatus.FINISHED:
+            if request.status is finished:
                 continue
             if epoch == request.num_preemptions:
-                if end % block_size == 0 or end - request.num_confirmed > 1:
-                    request.num_confirmed = end
+                num_new = end - request.num_confirmed
+                request.num_confirmed = end
+                if num_new > 1 or end % block_size == 0:
                     commit(request)
-                else:
-                    request.num_confirmed = end
             if token >= 0:
                 request.num_inflight -= 1
                 request.token_ids.append(token)
-                requests.append(request)
-                tokens.append(token)
-                if token in request.stop_ids or len(request.token_ids) > request.num_positions:
+                add_request(request)
+                add_token(token)
+                if token in request.stop_ids or end >= request.num_positions:
                     self._conclude(outputs, request, token)
             elif token == BAD_LOGITS:
                 self._conclude(outputs, request, token)

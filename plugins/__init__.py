@@ -1,0 +1,1 @@
+"""Built-in plugins; each folder holds one, and none imports another."""

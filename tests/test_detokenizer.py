@@ -133,8 +133,9 @@ def test_a_prompt_that_ends_inside_a_character_leaves_it_to_the_output(tokenizer
     assert whole + streamed == ("x" + text if cut < len(ids) else whole)
 
 
-def test_the_first_space_depends_on_whether_the_prompt_shows_text(tokenizers):
-    tokenizer = tokenizers["llama2"]
+@pytest.mark.parametrize("kind", ["llama2", "metaspace"])
+def test_the_first_space_depends_on_whether_the_prompt_shows_text(tokenizers, kind):
+    tokenizer = tokenizers[kind]
     the = tokenizer.encode("of the", add_special_tokens=False)[-1]
     shown = tokenizer.encode("of")
 

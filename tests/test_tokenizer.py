@@ -83,6 +83,11 @@ def test_plain_and_parsed_encoding_do_not_disturb_each_other(tokenizers):
         assert all(job.result() == wanted[flag] for flag, job in jobs)
 
 
+def test_the_files_do_not_decide_whether_special_tokens_are_parsed(folder):
+    _edit(folder / "tokenizer_config.json", split_special_tokens=True)
+    assert load_tokenizer(folder).encode("<eos>", add_special_tokens=False) == [EOS_ID]
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(InvalidRequestError, match="Unicode") as error:
         tokenizer.encode("ab\ud83d")

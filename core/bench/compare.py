@@ -105,11 +105,23 @@ def run_cythera(path: Path, _model: Any, requests: list[tuple[list[int], int]]) 
 
 def run_continuous(_path: Path, model: Any, requests: list[tuple[list[int], int]]) -> Run:
     """Generate with `transformers`' continuous batching."""
-    from transformers import GenerationConfig  # noqa: PLC0415  slow to import
+    from transformers import (  # noqa: PLC0415  slow to import
+        ContinuousBatchingConfig,
+        GenerationConfig,
+    )
 
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     model.set_attn_implementation("sdpa")
-    manager = model.init_continuous_batching(generation_config=config)
+    # Without a GPU it cannot size its cache; these hold all requests at once.
+    block_size = 32
+    num_blocks = sum(-(-(len(prompt) + n) // block_size) + 1 for prompt, n in requests)
+    sizes = ContinuousBatchingConfig(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_batch_tokens=2048,
+        max_requests_per_batch=len(requests),
+    )
+    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=sizes)
     manager.start()
     try:
         start = time.perf_counter()
