@@ -20,6 +20,7 @@ from core.events import (
     EngineStarted,
     EngineStopping,
     Event,
+    RequestRefused,
     StepCompleted,
     StepFailed,
 )
@@ -169,6 +170,7 @@ class EngineCore:
         try:
             self.scheduler.add(_make_request(command))
         except RequestError as error:
+            self.bus.note(RequestRefused(command.request_id, str(error)))
             ended = Ended(command.request_id, FinishReason.ERROR, error=str(error))
             self._outbox(OutputBatch(ended=[ended]))
 

@@ -294,8 +294,9 @@ class EventBus:
         )
 
     def note(self, event: Event) -> None:
-        """Add an event from another thread; it travels with the next batch."""
-        self._notes.append(event)
+        """Add an event, from any thread; it travels with the next batch."""
+        if self.is_active:
+            self._notes.append(event)
 
     def dropped(self) -> dict[str, int]:
         """Batches lost to full queues, by subscriber."""

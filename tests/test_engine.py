@@ -18,6 +18,7 @@ from core.events import (
     EventBatch,
     EventBus,
     RequestFinished,
+    RequestRefused,
     StepCompleted,
     StepFailed,
     Subscription,
@@ -173,6 +174,8 @@ def test_refused_request_ends_with_an_error_and_others_go_on() -> None:
     assert world.ends() == {"big": FinishReason.ERROR, "good": FinishReason.LENGTH}
     error = next(e.error for b in world.batches for e in b.ended if e.request_id == "big")
     assert "--num-kv-blocks" in error
+    assert [(e.request_id, e.error) for e in world.seen(RequestRefused)] == [("big", error)]
+    assert [e.request_id for e in world.seen(RequestFinished)] == ["good"]
     assert world.tokens("good") == expected(good)
     world.engine.close()
 
