@@ -8,7 +8,6 @@ their share of a step is what the plugin framework itself costs.
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import time
 import types
@@ -84,13 +83,14 @@ class StepCost:
 def measure(num_running: int, *, num_steps: int = 400, num_rounds: int = 7) -> StepCost:
     """Time decode steps of `num_running` requests, bare and with ten idle plugins in turn.
 
-    Rounds alternate, so that a change of the machine's clock hits both alike; medians are compared.
+    Rounds alternate, so that a change of the machine's clock hits both alike, and the best round of
+    each counts: what else the machine does can only add to the cost.
     """
     times: dict[bool, list[float]] = {False: [], True: []}
     for round_ in range(num_rounds * 2):
         has_plugins = bool(round_ % 2)
         times[has_plugins].append(_time_steps(num_running, num_steps, has_plugins=has_plugins))
-    bare, with_plugins = (statistics.median(times[key]) * 1e3 for key in (False, True))
+    bare, with_plugins = (min(times[key]) * 1e3 for key in (False, True))
     return StepCost(num_running, bare, with_plugins)
 
 
@@ -172,5 +172,7 @@ def report(costs: Iterable[StepCost]) -> str:
         f"{c.num_running:>8} {c.bare_ms:>9.4f} {c.with_plugins_ms:>12.4f} {c.ratio:>7.3f}"
         for c in costs
     ]
-    lines.append(f"goal: at most {GOAL_MS} ms at 256 on one core, ratio at most {GOAL_RATIO}")
+    lines.append(
+        f"best round each; goal: at most {GOAL_MS} ms at 256 on one core, ratio at most {GOAL_RATIO}"
+    )
     return "\n".join(lines)
