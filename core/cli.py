@@ -287,10 +287,11 @@ def plugins_list(*, as_json: AsJson = False) -> None:
 
     entries = list_plugins()
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in entries])
+        _print_json([{**dataclasses.asdict(e), "is_present": e.is_present} for e in entries])
         return
-    header = ("name", "module", "distribution", "version", "source")
-    rows = [(e.name, e.module, e.distribution, e.version, e.source) for e in entries]
+    header = ("name", "module", "distribution", "version", "state")
+    states = {True: "installed", False: "module is missing"}
+    rows = [(e.name, e.module, e.distribution, e.version, states[e.is_present]) for e in entries]
     _print_table(_make_console(), rows, header)
 
 

@@ -15,6 +15,7 @@ from core.assemble import make_plan
 from core.cli import MAX_ERROR_LINES, main
 from core.config import GROUPS, EngineConfig, load_config
 from core.errors import CapacityError, PlanError
+from core.pluginhost import PluginEntry
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -180,7 +181,7 @@ def test_plugins_list_imports_no_plugin_and_no_torch():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  ours
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["name", "module", "distribution", "version", "source"]
+    assert lines[0].split() == ["name", "module", "distribution", "version", "state"]
     assert any(line.startswith("observe.log ") and "cythera" in line for line in lines)
 
 
@@ -189,6 +190,14 @@ def test_plugins_list_as_json(capsys):
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert entries["attention.torch"]["module"] == "plugins.attention.torch"
     assert entries["attention.torch"]["distribution"] == "cythera"
+    assert entries["attention.torch"]["is_present"] is True
+
+
+def test_plugins_list_says_when_a_module_is_missing(capsys, monkeypatch):
+    gone = PluginEntry("quant.gone", "gone_with_the_wind", "acme", "1.0")
+    monkeypatch.setattr("core.pluginhost.list_plugins", lambda: [gone])
+    assert main(["plugins", "list"]) == 0
+    assert "module is missing" in capsys.readouterr().out
 
 
 def test_plugins_show(capsys):

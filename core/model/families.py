@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from core.errors import CheckpointError
@@ -51,6 +52,10 @@ def load_hf_config(path: str | PathLike[str], revision: str | None = None) -> An
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: PLC0415
 
     name = str(path)
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).exists():
+        raise CheckpointError(
+            f"{name} does not exist; give a checkpoint's folder, or its id on the hub"
+        )
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
         model_type = raw.get("model_type")

@@ -273,3 +273,9 @@ def test_a_plugin_may_take_a_built_in_family_over(checkpoint):
     config = load_hf_config(checkpoint("llama3"))
     assert read_model(config, [entry]).logit_softcap == 1.0
     assert read_model(config).logit_softcap is None
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c"])
+def test_missing_folder_is_not_taken_for_the_name_of_a_repository(name: str) -> None:
+    with pytest.raises(CheckpointError, match="does not exist; give a checkpoint's folder"):
+        load_hf_config(name)
