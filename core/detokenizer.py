@@ -193,13 +193,14 @@ def _make_stream(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_token
 class _ByteStream:
     """Text from the bytes of tokens."""
 
-    __slots__ = ("_num_lead_spaces", "_pending", "_pieces", "_prompt_is_cut")
+    __slots__ = ("_num_cut", "_num_lead_spaces", "_pending", "_pieces")
 
     def __init__(self, pieces: Pieces, prompt: Sequence[int]) -> None:
         self._pieces = pieces
         self._num_lead_spaces = _count_lead_spaces(pieces, prompt)
         self._pending = _cut_character(_last_bytes(pieces, prompt))
-        self._prompt_is_cut = bool(self._pending)
+        # What the prompt shows for its cut character: two U+FFFD for half a surrogate, else one.
+        self._num_cut = len(self._pending.decode("utf-8", "replace"))
 
     def push(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
@@ -211,18 +212,19 @@ class _ByteStream:
             data, self._num_lead_spaces = strip_lead(data, self._num_lead_spaces)
         text, num_used = utf_8_decode(data, "replace", False)
         self._pending = data[num_used:]
-        return self._without_prompt(text) if self._prompt_is_cut else text
+        return self._without_prompt(text) if self._num_cut else text
 
     def flush(self) -> str:
         text = self._pending.decode("utf-8", "replace")
         self._pending = b""
-        return self._without_prompt(text) if self._prompt_is_cut else text
+        return self._without_prompt(text) if self._num_cut else text
 
     def _without_prompt(self, text: str) -> str:
         """Drop the U+FFFD that the prompt ends with if the output does not complete the character."""
-        if text:
-            self._prompt_is_cut = False
-        return text.removeprefix(REPLACEMENT)
+        rest = text.lstrip(REPLACEMENT)
+        num_dropped = min(len(text) - len(rest), self._num_cut)
+        self._num_cut = 0 if rest else self._num_cut - num_dropped
+        return text[num_dropped:]
 
 
 def _count_lead_spaces(pieces: Pieces, prompt: Iterable[int]) -> int:

@@ -76,6 +76,16 @@ def test_any_tokens_give_the_text_of_one_decode(tokenizers, kind, *, data, promp
         assert before[:-1] + streamed == both
 
 
+@pytest.mark.parametrize("ids", [[], [0x80], [0x41], [0xC3, 0xA9]])
+def test_prompt_that_ends_in_half_a_surrogate(tokenizers, ids):
+    tokenizer = tokenizers["llama2"]
+    by_byte = {tokenizer.token_bytes(token_id): token_id for token_id in range(NUM_IDS)}
+    prompt, output = [by_byte[b"\xed"], by_byte[b"\xa0"]], [by_byte[bytes([i])] for i in ids]
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt)
+    streamed = "".join(detokenizer.push([token_id]).text for token_id in output) + detokenizer.finish()
+    assert tokenizer.decode(prompt) + streamed == tokenizer.decode(prompt + output)
+
+
 @given(data=st.data(), ids=IDS, skip=st.booleans())
 def test_ill_formed_bytes_stream_as_transformers_decodes_them_at_byte_level(
     tokenizers, data, ids, skip
