@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.counter_rng import resolve_seed
 from core.detokenizer import IncrementalDetokenizer
@@ -144,10 +144,6 @@ class Journal:
             for sequence in request.sequences
             if self._sequences.pop(sequence.sequence_id, None) is not None
         ]
-
-    def open_ids(self) -> list[str]:
-        """Ids of all open requests."""
-        return list(self._requests)
 
     def _tokenize(self, prompt: str | Sequence[int]) -> tuple[str | None, list[int]]:
         if not isinstance(prompt, str):
@@ -321,8 +317,3 @@ def _sequence_ids(request_id: str, count: int) -> list[str]:
     if count == 1:
         return [request_id]
     return [f"{request_id}/{index}" for index in range(count)]
-
-
-def merge_defaults(params: SamplingParams | None, defaults: dict[str, Any]) -> SamplingParams:
-    """Fill in the checkpoint's own sampling defaults when a client sent no parameters at all."""
-    return params if params is not None else SamplingParams(**defaults)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from core.counter_rng import exponentials, resolve_seed
+from core.counter_rng import exponentials
 from core.step import BAD_LOGITS
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ __all__ = [
     "Stage",
     "TorchSampler",
     "gather_logprobs",
-    "resolve_seed",
 ]
 
 # Elements of [N, V] that are worked on at once: bounds the workspace, and on a CPU keeps it in cache.
