@@ -879,7 +879,3 @@ def test_long_run_with_random_arrivals_matches_requests_run_alone():
 
 def test_the_sampler_fulfils_its_protocol():
     assert missing_members(TorchSampler(), Sampler) == []
-
-
-def test_resolve_seed_is_at_hand():
-    assert 0 <= sampling.resolve_seed(0, 5) <= MAX_SEED
