@@ -29,17 +29,26 @@ from core.registry import (
     Requirements,
 )
 from core.request import RequestLimits
+from core.status import Phase, Report, Status, report_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from core.config import EngineConfig
     from core.interfaces import AttentionBackend, QuantScheme, Sampler
+    from core.link import RelayBus
     from core.messages import OutputBatch
     from core.model.spec import ModelSpec
 
 DEFAULT_PLUGINS: Final = ("core.builtin", "attention.torch", "observe.log")
 """Active unless `--plugins` names their kind or blocks them."""
+SERVE_PLUGINS: Final = (
+    "server.http",
+    "frontend.openai",
+    "frontend.playground",
+    "observe.prometheus",
+)
+"""The same, for an engine that serves clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +96,20 @@ class Plan:
         identity = [self.model.to_dict(), self.model_path, self.dtype, self.config.kv_cache_dtype]
         return json.dumps(identity, sort_keys=True).encode()
 
+    def fit_model_len(self, num_blocks: int) -> int:
+        """Longest sequence to serve with a device cache of `num_blocks`, the null block included.
+
+        Shorter than the model's limit only if neither that length nor the cache's size was set.
+        """
+        if self.config.max_model_len is not None or self.config.num_kv_blocks is not None:
+            return self.max_model_len
+        return min(self.max_model_len, (num_blocks - 1) * self.block_size)
+
     def limits(self, num_blocks: int) -> RequestLimits:
         """Make the caps on requests, once the KV pool has `num_blocks` usable blocks."""
         return RequestLimits(
             vocab_size=self.model.vocab_size,
-            max_model_len=self.max_model_len,
+            max_model_len=self.fit_model_len(num_blocks + 1),
             max_kv_tokens=num_blocks * self.block_size,
             max_n=self.config.max_n,
             max_logprobs=self.config.max_logprobs,
@@ -170,6 +188,16 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class ActivePlugins:
+    """The plugins of a configuration, started: all that is known before the checkpoint is read."""
+
+    host: PluginHost
+    registry: Registry
+    selected: tuple[Selected, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Assembly:
     """A plan and the host of the plugins that it was made with."""
 
@@ -196,29 +224,40 @@ def make_plan(config: EngineConfig) -> Plan:
 
     :raises CytheraError: see `resolve`.
     """
-    return resolve(config).plan
+    return resolve(config, start_plugins(config, (*DEFAULT_PLUGINS, *SERVE_PLUGINS))).plan
 
 
-def resolve(config: EngineConfig) -> Assembly:
-    """Select and start the plugins, then choose every part.
+def start_plugins(config: EngineConfig, defaults: Sequence[str] = DEFAULT_PLUGINS) -> ActivePlugins:
+    """Select and start the plugins; reads no checkpoint.
 
+    :param defaults: plugins that are active unless the configuration says otherwise.
+    :raises PluginError: a plugin is unknown, broken or in conflict.
+    :raises ConfigError: settings of plugins do not fit.
+    """
+    entries = discover()
+    selected = PluginSelection.parse(config.plugins).resolve(
+        entries, defaults=defaults, needed=_needed_plugins(config)
+    )
+    host = PluginHost.start(selected, entries)
+    settings = _bind_settings(host, config)
+    return ActivePlugins(host, host.collect(), selected, settings)
+
+
+def resolve(config: EngineConfig, active: ActivePlugins | None = None) -> Assembly:
+    """Choose every part.
+
+    :param active: plugins that were started already; by default those of offline use.
     :raises PluginError: a plugin is unknown, broken or in conflict.
     :raises CheckpointError: the checkpoint's config cannot be read or is not supported.
     :raises PlanError: the parts cannot work together; lists every reason.
     """
-    entries = discover()
-    selected = PluginSelection.parse(config.plugins).resolve(
-        entries, defaults=DEFAULT_PLUGINS, needed=_needed_plugins(config)
-    )
-    host = PluginHost.start(selected, entries)
-    settings = _bind_settings(host, config)
-    registry = host.collect()
-    draft = _Draft(config, host, registry)
-    plan = draft.make_plan(selected, settings)
-    objections = [*draft.objections, *host.check_plan(plan)]
+    active = active or start_plugins(config)
+    draft = _Draft(config, active.host, active.registry)
+    plan = draft.make_plan(active.selected, active.settings)
+    objections = [*draft.objections, *active.host.check_plan(plan)]
     if objections:
         raise PlanError(objections)
-    return Assembly(host, registry, plan)
+    return Assembly(active.host, active.registry, plan)
 
 
 def _needed_plugins(config: EngineConfig) -> dict[str, str]:
@@ -293,6 +332,8 @@ class _Draft:
         self._choose_attention()
         for kind in ("scheduler", "kv_cache", "executor", "sampler"):
             self._choose_named(kind, getattr(self.config, kind))
+        if self.registry.all("server"):
+            self._choose_named("server", self.config.server)
         if self.objections:  # the rest of the plan needs every part
             raise PlanError(self.objections)
         return Plan(
@@ -491,17 +532,29 @@ def make_parts(plan: Plan, rank: int = 0) -> Parts:
     )
 
 
-def build_engine(assembly: Assembly, outbox: Callable[[OutputBatch], None]) -> EngineCore:
+def build_engine(
+    assembly: Assembly,
+    outbox: Callable[[OutputBatch], None],
+    *,
+    bus: EventBus | RelayBus | None = None,
+    report: Report = report_nothing,
+) -> EngineCore:
     """Build and load everything that a plan names; the engine can step when this returns.
 
+    :param outbox: see `EngineCore`.
+    :param bus: where events go; by default to the subscribers of the plugins, in this process.
+    :param report: hears of each phase and of the progress in it.
     :raises CytheraError: a part cannot be built, breaks its contract, or does not fit.
     """
     host, plan = assembly.host, assembly.plan
+    report(Status(Phase.LOADING))
     host.worker_started(0, plan.device)
     executor = host.make_executor(plan, 0, lambda: _make(plan, Executor, "executor", make_parts(plan)))
     try:
-        executor.load()
+        executor.load(lambda done, total: report(Status(Phase.LOADING, done, total)))
+        report(Status(Phase.PROFILING))
         num_blocks = executor.kv_capacity()
+        report(Status(Phase.WARMING))
         executor.allocate(num_blocks)
         kv_cache = host.make_kv_cache(
             plan, num_blocks, lambda: _make(plan, KVCache, "kv_cache", num_blocks)
@@ -509,7 +562,7 @@ def build_engine(assembly: Assembly, outbox: Callable[[OutputBatch], None]) -> E
         scheduler = host.make_scheduler(
             plan, kv_cache, lambda: _make(plan, Scheduler, "scheduler", kv_cache)
         )
-        bus = EventBus(host.subscribe(plan))
+        bus = EventBus(host.subscribe(plan)) if bus is None else bus
     except BaseException:
         executor.close()
         raise

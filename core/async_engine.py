@@ -1,36 +1,45 @@
 """The async API: one engine, many streams.
 
-The engine's loop runs in a worker thread and never waits for anybody: a second worker hands its
-outputs to the event loop, where each request has a stream of its own.  A slow reader only lets its
-own stream grow, which `max_tokens` bounds.
+The engine runs elsewhere, in a thread or in a process (`core.process`), and never waits for anybody:
+what it gives is handed to the event loop, where each request has a stream of its own.  A stream holds
+one output; what its reader has not taken yet is joined with what follows, so a slow reader costs
+nobody else anything.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import queue
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 from anyio import from_thread, to_thread
 from anyio.lowlevel import current_token
 
-from core.assemble import build_engine, resolve
+from core.assemble import DEFAULT_PLUGINS, ActivePlugins, resolve, start_plugins
 from core.config import load_config
-from core.errors import EngineDeadError
+from core.errors import CytheraError, EngineDeadError, EngineStartError
+from core.events import EventBus
+from core.link import Failed, Published, Ready, Start, Stop
 from core.llm import load_sampling_defaults, make_journal
+from core.messages import OutputBatch
 from core.outputs import OutputKind, RequestOutput
+from core.process import EngineThread
 from core.request import SamplingParams
+from core.status import Phase, Report, Status, report_nothing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from types import TracebackType
 
-    from anyio.streams.memory import MemoryObjectSendStream
-
-    from core.messages import OutputBatch
+    from core.assemble import Assembly
+    from core.config import EngineConfig
+    from core.engine import EngineCore
+    from core.journal import Journal
+    from core.link import FromEngine
+    from core.messages import Command
+    from core.process import EngineLink
     from core.tokenizer import Tokenizer
 
 
@@ -47,27 +56,63 @@ class Engine:
     """
 
     def __init__(self, model: str, *, plugins: Sequence[str] = (), **settings: Any) -> None:
-        self._config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
-        self._batches: queue.SimpleQueue[OutputBatch | None] = queue.SimpleQueue()
-        self._streams: dict[str, MemoryObjectSendStream[RequestOutput]] = {}
+        config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
+        self._set_up(config, EngineThread(), report_nothing, None, DEFAULT_PLUGINS)
+
+    @classmethod
+    def over(
+        cls,
+        config: EngineConfig,
+        link: EngineLink,
+        *,
+        report: Report = report_nothing,
+        active: ActivePlugins | None = None,
+        defaults: Sequence[str] = DEFAULT_PLUGINS,
+    ) -> Self:
+        """Make an engine that runs behind a link.
+
+        :param report: hears of every phase, and of the progress in it.
+        :param active: plugins of this process that were started already.
+        :param defaults: plugins that are active unless the configuration says otherwise.
+        """
+        engine = cls.__new__(cls)
+        engine._set_up(config, link, report, active, defaults)  # noqa: SLF001  of this class
+        return engine
+
+    def _set_up(
+        self,
+        config: EngineConfig,
+        link: EngineLink,
+        report: Report,
+        active: ActivePlugins | None,
+        defaults: Sequence[str],
+    ) -> None:
+        self.config = config
+        self.bus: EventBus
+        self.assembly: Assembly
+        self.journal: Journal
+        self.sampling_defaults: dict[str, Any]
+        self.last_message_time = time.monotonic()
+        """When the engine last gave a sign of life."""
+        self._link = link
+        self._report = report
+        self._active = active
+        self._defaults = defaults
+        self._streams: dict[str, OutputStream] = {}
         self._ids = itertools.count()
-        self._error: BaseException | None = None
-        self._is_closed = False
+        self._is_known = anyio.Event()  # whether it is ready, or has failed
+        self._ended = anyio.Event()
+        self._ready: Ready | None = None
+        self._failure: Failed | None = None
+
+    # --- life ---
 
     async def __aenter__(self) -> Self:
-        self.assembly = await to_thread.run_sync(resolve, self._config)
-        self.core = await to_thread.run_sync(build_engine, self.assembly, self._batches.put)
-        self.journal = await to_thread.run_sync(
-            make_journal, self.assembly, self.core.kv_cache.num_blocks
-        )
-        self._defaults = load_sampling_defaults(self.assembly)
-        self._loop = current_token()
-        self._threads = [
-            threading.Thread(target=target, name=f"engine:{target.__name__}", daemon=True)
-            for target in (self._run_core, self._pump)
-        ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            await self._start()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     async def __aexit__(
@@ -76,16 +121,117 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._is_closed = True
-        self.core.stop()
+        self._link.send(Stop())
         with anyio.CancelScope(shield=True):
-            for thread in self._threads:
-                await to_thread.run_sync(thread.join)
+            await self._ended.wait()
+            if hasattr(self, "bus"):
+                await to_thread.run_sync(self.bus.close)
+
+    async def _start(self) -> None:
+        # A task without a task group: one would have to be left in the order in which it was entered.
+        threading.Thread(
+            target=from_thread.run,
+            args=(self._run_link,),
+            kwargs={"token": current_token()},
+            name="engine-link",
+            daemon=True,
+        ).start()
+        origins = self.config.origins
+        self._link.start(Start(self.config.to_dict(), origins, list(self._defaults)))
+        self.assembly = await to_thread.run_sync(self._resolve)
+        host, plan = self.assembly.host, self.assembly.plan
+        self.bus = EventBus(host.subscribe(plan))
+        self._link.attach(self.assembly, [kind.__name__ for kind in self.bus.wanted_types()])
+        await self._is_known.wait()
+        if self._ready is None:
+            raise self._explain_failure()
+        if self._ready.plan_digest != plan.digest():
+            raise EngineStartError(
+                "the engine's process has made another plan than the one that serves clients; is a "
+                "plugin's declaration different from process to process?"
+            )
+        self.journal = await to_thread.run_sync(make_journal, self.assembly, self._ready.num_kv_blocks)
+        self.sampling_defaults = load_sampling_defaults(self.assembly)
+        self._report(Status(Phase.READY))
+
+    def _resolve(self) -> Assembly:
+        return resolve(self.config, self._active or start_plugins(self.config, self._defaults))
+
+    def _explain_failure(self) -> BaseException:
+        own = getattr(self._link, "error", None)
+        if isinstance(own, CytheraError):
+            return own
+        failed = self._failure or Failed("the engine stopped before it was ready")
+        error = EngineStartError(failed.error, exit_code=failed.exit_code, trace=failed.trace)
+        error.__cause__ = own
+        return error
+
+    async def _run_link(self) -> None:
+        try:
+            await self._link.run(self._deliver)
+        finally:
+            self._is_known.set()
+            self._ended.set()
+            for stream in self._streams.values():
+                stream.close()
+            self._streams.clear()
+
+    async def wait_ended(self) -> None:
+        """Return when the engine has ended, whatever ended it; see `failure`."""
+        await self._ended.wait()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, unless it was told to stop."""
+        return None if self._failure is None else self._explain_failure()
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine itself, when it runs in this process; for tests and tools."""
+        if not isinstance(self._link, EngineThread):
+            raise CytheraError("the engine runs in another process")
+        return self._link.core
+
+    @property
+    def ready(self) -> Ready:
+        """What the engine said of itself when it was loaded.
+
+        :raises EngineDeadError: it is not loaded yet.
+        """
+        if self._ready is None:
+            raise EngineDeadError("the engine is not loaded yet")
+        return self._ready
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; `None` if its folder holds none."""
         return self.journal.tokenizer
+
+    # --- requests ---
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        kind: OutputKind = OutputKind.CUMULATIVE,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> OutputStream:
+        """Submit one request at once.
+
+        :return: its outputs; whoever takes no interest in them any more calls `abort`.
+        :raises RequestError: it is refused.
+        :raises EngineDeadError: the engine has ended.
+        """
+        self._check_alive()
+        commands = self.journal.submit(
+            request_id, prompt, params, kind=kind, priority=priority, cache_salt=cache_salt
+        )
+        stream = self._streams[request_id] = OutputStream(self, kind)
+        self._send(commands)
+        return stream
 
     async def generate(
         self,
@@ -100,86 +246,111 @@ class Engine:
         """Stream one request; leaving the iterator early aborts it.
 
         :raises RequestError: it is refused.
-        :raises EngineDeadError: the engine's loop has ended.
+        :raises EngineDeadError: the engine has ended.
         """
-        self._check_alive()
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        params = sampling_params or SamplingParams(**self._defaults)
-        commands = self.journal.submit(
+        params = sampling_params or SamplingParams(**self.sampling_defaults)
+        stream = self.submit(
             request_id, prompt, params, kind=kind, priority=priority, cache_salt=cache_salt
         )
-        send, receive = anyio.create_memory_object_stream[RequestOutput](math.inf)
-        self._streams[request_id] = send
-        for command in commands:
-            self.core.send(command)
         try:
-            async with receive:
-                async for output in receive:
-                    yield output
-                    if output.finished:
-                        return
-            self._check_alive()
+            async for output in stream:
+                yield output
         finally:
-            await self.abort(request_id)
+            self.abort(request_id)
 
-    async def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         """End a request; its stream ends without a further output.  Harmless for unknown ids."""
-        for command in self.journal.abort(request_id):
-            self.core.send(command)
+        self._send(self.journal.abort(request_id))
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.close()
 
+    def cancel(self, request_id: str, error: str = "") -> None:
+        """Have a request end with a last output of its own, whose finish reason is `abort`.
+
+        :param error: goes into that output.
+        """
+        self._send(self.journal.cancel(request_id, error))
+
+    def _send(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            self._link.send(command)
+
     def _check_alive(self) -> None:
-        if self._error is not None or self._is_closed:
+        if self._ended.is_set():
             raise EngineDeadError(
                 "the engine has stopped, so this request cannot be served"
-            ) from self._error
+            ) from self.failure
 
-    def _run_core(self) -> None:
-        try:
-            self.core.run()
-        except BaseException as error:  # noqa: BLE001  every stream must hear of it, whatever it is
-            self._error = error
-        finally:
-            self._batches.put(None)
+    # --- from the link ---
 
-    def _pump(self) -> None:
-        """Carry batches to the event loop, as many at a time as have gathered."""
-        while True:
-            gathered = [self._batches.get()]
-            while not self._batches.empty():
-                gathered.append(self._batches.get_nowait())
-            batches = [batch for batch in gathered if batch is not None]
-            is_last = len(batches) < len(gathered)
-            try:
-                from_thread.run_sync(self._deliver, batches, is_last, token=self._loop)
-            except anyio.RunFinishedError:  # the event loop ended before the engine was closed
-                return
-            if is_last:
-                return
+    def _deliver(self, messages: list[FromEngine]) -> None:
+        self.last_message_time = time.monotonic()
+        for message in messages:
+            match message:
+                case OutputBatch():
+                    self._take(message)
+                case Published():
+                    self.bus.publish(message.events, message.step)
+                case Status():
+                    self._report(message)
+                case Ready():
+                    self._ready = message
+                    self._is_known.set()
+                case Failed():
+                    self._failure = message
 
-    def _deliver(self, batches: list[OutputBatch], is_last: bool) -> None:
-        for batch in batches:
-            outputs, commands = self.journal.take(batch)
-            for command in commands:
-                self.core.send(command)
-            for output in outputs:
-                self._tell(output)
-        if is_last:
-            for stream in self._streams.values():
-                stream.close()
-            self._streams.clear()
+    def _take(self, batch: OutputBatch) -> None:
+        outputs, commands = self.journal.take(batch)
+        self._send(commands)
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+                if output.finished:
+                    del self._streams[output.request_id]
 
-    def _tell(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is None:
-            return
-        try:
-            stream.send_nowait(output)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            self._streams.pop(output.request_id, None)
-            return
-        if output.finished:
-            stream.close()
-            del self._streams[output.request_id]
+
+class OutputStream:
+    """The outputs of one request: an async iterator that holds what its reader has not taken yet."""
+
+    __slots__ = ("_changed", "_engine", "_is_closed", "_kind", "_unread")
+
+    def __init__(self, engine: Engine, kind: OutputKind) -> None:
+        self._engine = engine
+        self._kind = kind
+        self._unread: RequestOutput | None = None
+        self._changed: anyio.Event | None = None
+        self._is_closed = False
+
+    def put(self, output: RequestOutput) -> None:
+        """Add an output; after one that is finished the stream ends."""
+        if self._unread is not None and self._kind is OutputKind.DELTA:
+            output = self._unread.append(output)
+        self._unread = output
+        self._is_closed = output.finished
+        self._wake()
+
+    def close(self) -> None:
+        """End the stream, after what is unread."""
+        self._is_closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while self._unread is None:
+            if self._is_closed:
+                self._engine._check_alive()  # noqa: SLF001  one unit
+                raise StopAsyncIteration
+            self._changed = anyio.Event()
+            await self._changed.wait()
+        output, self._unread = self._unread, None
+        return output

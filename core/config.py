@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import reprlib
 import tomllib
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
     Origin = Callable[[str, str], str]
     """Names a field, or a setting of a plugin if that is not empty, for people."""
 
+SECRETS: Final = ("api_key",)
+"""Settings that are never written anywhere."""
 ENV_PREFIX: Final = "CYTHERA_"
 DEFAULT_ORIGIN: Final = "default"
-GROUPS: Final = ("Model", "Memory", "Scheduling", "Parallelism", "Plugins", "Logging")
+GROUPS: Final = ("Model", "Memory", "Scheduling", "Parallelism", "Server", "Plugins", "Logging")
 """Groups of settings, in the order in which help shows them."""
 
 
@@ -156,6 +159,8 @@ Count = Annotated[Positive, _NUMBER]
 Tokens = Annotated[Positive, _TOKENS]
 Bytes = Annotated[Positive, BeforeValidator(_read_bytes)]
 OptionalTokens = Annotated[Tokens | None, BeforeValidator(_read_optional)]
+Seconds = Annotated[float, Field(gt=0, lt=math.inf), _NUMBER]
+OptionalSeconds = Annotated[Seconds | None, BeforeValidator(_read_optional)]
 BlockSize = Annotated[int, Field(ge=1, le=256), AfterValidator(_check_power_of_two), _TOKENS]
 Text = Annotated[str, Field(min_length=1), BeforeValidator(_read_path)]
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -201,7 +206,9 @@ class EngineConfig(BaseModel):
         "Model", "Quantizer of the weights; unset: what the checkpoint states.", None, "-q"
     )
     max_model_len: Annotated[Tokens | None, BeforeValidator(_read_model_len)] = _field(
-        "Model", "Longest sequence in tokens, such as 32k (32768). auto or -1: the model's limit.", None
+        "Model",
+        "Longest sequence in tokens, such as 32k (32768). auto or -1: what the model and memory allow.",
+        None,
     )
     generation_config: Annotated[Literal["auto", "none"], _WORD] = _field(
         "Model", "Default sampling parameters. auto: the checkpoint's; none: neutral ones.", "auto"
@@ -255,6 +262,42 @@ class EngineConfig(BaseModel):
         "Parallelism", "Stages that the layers are divided into; enables parallel.pp.", 1, "-pp"
     )
 
+    host: Text = _field(
+        "Server",
+        "Address to listen on; only 127.0.0.1 and ::1 cannot be reached from elsewhere.",
+        "127.0.0.1",
+    )
+    port: Annotated[int, Field(ge=0, le=65535), _NUMBER] = _field(
+        "Server", "Port to listen on; 0 takes any that is free.", 2242
+    )
+    api_key: Names = _field(
+        "Server", "Keys that clients must send one of; unset: nobody needs one.", ()
+    )
+    insecure: bool = _field(
+        "Server", "Listen on an address that others can reach without any key.", False
+    )
+    chat_template: Text | None = _field(
+        "Server", "File of a chat template; unset: the one that comes with the tokenizer.", None
+    )
+    chat_template_timeout: Seconds = _field(
+        "Server", "Seconds that a chat template may take to render one conversation.", 2.0
+    )
+    max_num_queued_reqs: Count = _field(
+        "Server", "Most sequences that may wait for a row; more are answered with 429.", 1024
+    )
+    max_num_queued_tokens: Tokens = _field(
+        "Server", "Most prompt tokens that may wait; one request alone may always.", 2**20
+    )
+    request_timeout: OptionalSeconds = _field(
+        "Server", "Seconds that a request may take in all; unset: as long as it needs.", None
+    )
+    queue_timeout: OptionalSeconds = _field(
+        "Server", "Seconds that a request may wait for its row; unset: no limit.", None
+    )
+    shutdown_timeout: Annotated[float, Field(ge=0, lt=math.inf), _NUMBER] = _field(
+        "Server", "Seconds that open requests get to finish after SIGTERM.", 30.0
+    )
+
     plugins: Names = _field(
         "Plugins", "Plugins, in the order of their calls: kind.name, py:module, no:kind.name.", ()
     )
@@ -266,6 +309,7 @@ class EngineConfig(BaseModel):
     kv_cache: Name = _field("Plugins", "Manager of block tables and prefix reuse by name.", "paged")
     executor: Name = _field("Plugins", "Executor by name. auto: the first that can serve.", "auto")
     sampler: Name = _field("Plugins", "Sampler by name.", "default")
+    server: Name = _field("Plugins", "Server by name.", "http")
 
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _WORD] = _field(
         "Logging", "Least severe messages to show.", "info"
@@ -285,8 +329,13 @@ class EngineConfig(BaseModel):
         return self._origins[setting]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without the origins; `load_config` takes it back."""
-        return self.model_dump(mode="json")
+        """Plain data for JSON, without origins and secrets; `load_config` takes it back."""
+        return self.model_dump(mode="json", exclude=set(SECRETS))
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each value that is no default came from, by setting."""
+        return dict(self._origins)
 
     def to_toml(self, *, with_origins: bool = False) -> str:
         """Write a config file that means the same, with a comment per setting for its origin."""
@@ -308,6 +357,8 @@ class EngineConfig(BaseModel):
 
     def _toml_line(self, key: str, value: Any, setting: str, with_origins: bool) -> str:
         line = f"# {key} is unset" if value is None else f"{key} = {_toml(value)}"
+        if key in SECRETS and value:
+            line = f"# {key} is set, and not shown"
         return f"{line:<48}  # {self.origin_of(setting)}" if with_origins else line
 
     @model_validator(mode="after")
@@ -398,6 +449,14 @@ def load_config(
         if value is not None:
             layers.put(field, value, origin)
     return layers.build(need_model=need_model)
+
+
+def restore_config(values: Mapping[str, Any], origins: Mapping[str, str]) -> EngineConfig:
+    """Make the config again that `to_dict` and `origins` were taken from, in another process.
+
+    :raises pydantic.ValidationError: they were not taken from a config of this version.
+    """
+    return EngineConfig.model_validate(values, context={"origins": origins})
 
 
 class _Layers:

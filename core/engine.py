@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from core.events import EventBus
     from core.interfaces import Executor, KVCache, Scheduler, StepOutputs
+    from core.link import RelayBus
     from core.step import StepPlan, StepResult
 
 log = structlog.get_logger(__name__)
@@ -54,7 +55,7 @@ class EngineCore:
         scheduler: Scheduler,
         kv_cache: KVCache,
         executor: Executor,
-        bus: EventBus,
+        bus: EventBus | RelayBus,
         outbox: Callable[[OutputBatch], None],
         on_stop: Callable[[EngineCore, str], None] = lambda _engine, _reason: None,
     ) -> None:

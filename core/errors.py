@@ -109,3 +109,46 @@ class RequestTooLargeError(RequestError):
 
 class EngineDeadError(CytheraError):
     """The engine loop has ended, so no request can be served any more; the cause is chained."""
+
+
+class EngineStartError(CytheraError):
+    """The engine's process has failed before it was ready, or died.
+
+    :param exit_code: of the error that it reported.
+    :param trace: its traceback, empty if it died without a word.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1, trace: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.trace = trace
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that is not served here."""
+
+
+class NotReadyError(CytheraError):
+    """The engine is loading, draining or gone: nothing is served now.
+
+    :param retry_after: seconds after which another attempt makes sense.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OverloadedError(CytheraError):
+    """The queue is full; taking the request in would only make everybody wait longer.
+
+    :param retry_after: seconds in which the queue is likely to have room again.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceededError(CytheraError):
+    """The request was ended because its time, or its time in the queue, ran out."""

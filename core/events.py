@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, get_args
 
 import msgspec
 import structlog
@@ -137,6 +137,24 @@ class SubscriberDropped(Event, frozen=True):
     subscriber: str
     error: str
 
+
+AnyEvent = (
+    EngineStarted
+    | EngineStopping
+    | RequestQueued
+    | RequestScheduled
+    | FirstToken
+    | RequestPreempted
+    | RequestFinished
+    | RequestRefused
+    | StepCompleted
+    | StepFailed
+    | BlocksEvicted
+    | WorkerLost
+    | SubscriberDropped
+)
+"""Every event, for decoding."""
+EVENT_TYPES: Final[dict[str, type[Event]]] = {kind.__name__: kind for kind in get_args(AnyEvent)}
 
 SCHEDULER_EVENTS: Final = (
     RequestQueued,
@@ -270,6 +288,11 @@ class EventBus:
         self.is_active = bool(self._subscribers)
         """Whether anybody listens: when not, the engine builds no events."""
 
+    def subscribe(self, subscription: Subscription) -> None:
+        """Add a subscriber; an engine that runs already does not build more than it did for it."""
+        self._subscribers.append(_Subscriber(subscription, self))
+        self.is_active = True
+
     def publish(self, events: Sequence[Event], step: int) -> None:
         """Queue one batch for every subscriber; drops nothing silently (see `dropped`)."""
         if not self.is_active:
@@ -292,6 +315,10 @@ class EventBus:
             or any(issubclass(kind, subscriber.subscription.types) for kind in types)
             for subscriber in self._subscribers
         )
+
+    def wanted_types(self) -> list[type[Event]]:
+        """All types that `wants` is true of."""
+        return [kind for kind in EVENT_TYPES.values() if self.wants(kind)]
 
     def note(self, event: Event) -> None:
         """Add an event, from any thread; it travels with the next batch."""

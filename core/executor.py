@@ -18,7 +18,7 @@ from core.sampling import LogprobTensors, SampleRows, gather_logprobs
 from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from core.assemble import Parts, Plan
     from core.sampling import Sampled
@@ -82,24 +82,28 @@ class TorchExecutor:
             device=self.device,
             max_len=plan.max_model_len,
         )
-        self._state = BatchState(
-            plan.config.max_num_seqs, plan.max_model_len, plan.block_size, self.device
-        )
+        self._state = self._make_state(plan.max_model_len)
 
     # --- start ---
 
-    def load(self) -> None:
+    def load(self, report: Callable[[int, int], None], /) -> None:
         """Bring the weights to the device."""
-        if self._plan.config.load_format == "dummy":
-            load_dummy(self._decoder, self._plan.config.seed)
+        config = self._plan.config
+        if config.load_format == "dummy":
+            load_dummy(self._decoder, config.seed)
         else:
-            revision = self._plan.config.revision
-            load_weights(self._decoder, self._plan.model_path, device=self.device, revision=revision)
+            load_weights(
+                self._decoder,
+                self._plan.model_path,
+                device=self.device,
+                report=report,
+                revision=config.revision,
+            )
 
     def kv_capacity(self) -> int:
         """Measure how many KV blocks fit, the null block included.
 
-        :raises CapacityError: not even one sequence of the context length fits.
+        :raises CapacityError: not even one sequence of the context length that was asked for fits.
         """
         config = self._plan.config
         if config.num_kv_blocks is not None:
@@ -107,22 +111,27 @@ class TorchExecutor:
         per_block = self._attention.cache_bytes_per_block(self._cache_spec(1))
         budget = config.kv_cache_memory_bytes or self._free_bytes()
         num_blocks = min(int(budget) // per_block, self._most_useful_blocks())
-        needed = -(-self._plan.max_model_len // self._plan.block_size) + 1
+        asked = config.max_model_len or self._plan.block_size
+        needed = -(-asked // self._plan.block_size) + 1
         if num_blocks < needed:
             raise CapacityError(
-                f"a sequence of {self._plan.max_model_len} tokens needs {needed} KV blocks of {per_block} "
+                f"a sequence of {asked} tokens needs {needed} KV blocks of {per_block} "
                 f"bytes, but {int(budget)} bytes hold {num_blocks}; lower --max-model-len, or raise "
                 f"--kv-cache-memory-bytes or --gpu-memory-utilization"
             )
         return num_blocks
 
     def allocate(self, num_blocks: int, /) -> None:
-        """Allocate the KV cache and the rows' sampling state."""
+        """Allocate the KV cache and the rows' state, for sequences that this cache can hold."""
+        max_model_len = self._plan.fit_model_len(num_blocks)
+        if max_model_len < self._plan.max_model_len:
+            self._decoder.limit_length(max_model_len)
+        self._state = self._make_state(max_model_len)
         self._attention.allocate_cache(self._cache_spec(num_blocks))
         self._sampler.allocate(
             self._plan.config.max_num_seqs,
             self._plan.model.vocab_size,
-            self._plan.max_model_len,
+            max_model_len,
             self.device,
         )
 
@@ -130,6 +139,11 @@ class TorchExecutor:
         """Forget the steps in flight."""
         self._launched.clear()
         self._entries.clear()
+
+    def _make_state(self, max_model_len: int) -> BatchState:
+        return BatchState(
+            self._plan.config.max_num_seqs, max_model_len, self._plan.block_size, self.device
+        )
 
     def _cache_spec(self, num_blocks: int) -> KVCacheSpec:
         model = self._plan.model

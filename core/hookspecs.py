@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Requirements,
         SamplerEntry,
         SchedulerEntry,
+        ServerEntry,
     )
 
 PROJECT_NAME: Final = "cythera"
@@ -150,7 +151,22 @@ def core_register_models() -> Iterable[ModelEntry]:  # type: ignore[empty-body]
 
 @hookspec
 def core_register_frontends() -> Iterable[FrontendEntry]:  # type: ignore[empty-body]
-    """Contribute front ends: ways for requests to reach the engine, such as an HTTP server.
+    """Contribute front ends: surfaces that clients talk to, such as the OpenAI routes.
+
+    Every front end of the active plugins is built, once the server's port is open.
+
+    Called once, in every process.
+
+    :return: descriptors; `None` or nothing for none.
+    :raises Exception: aborts the start and names the plugin.
+
+    Since API 1.0.
+    """
+
+
+@hookspec
+def core_register_servers() -> Iterable[ServerEntry]:  # type: ignore[empty-body]
+    """Contribute servers: what carries the front ends to clients, chosen with `--server`.
 
     Called once, in every process.
 
@@ -296,7 +312,8 @@ def core_make_scheduler(plan: Plan, kv_cache: KVCache) -> Scheduler | None:
 def core_subscribe(plan: Plan) -> Iterable[Subscription]:  # type: ignore[empty-body]
     """Subscribe to the engine's events.
 
-    Called once, in the engine's process, before the first event.
+    Called once, before the first event, in the process that serves clients: events of an engine in
+    a process of its own are carried over.
 
     :param plan: frozen.
     :return: subscriptions; `None` or nothing for none.

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import socket
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import anyio
     import torch
 
     from core.batch import StepBatch
@@ -231,16 +233,18 @@ class Executor(Protocol):
     max_in_flight: int
     """Steps that may be submitted and not yet collected; 1 means no overlap."""
 
-    def load(self) -> None:
+    def load(self, report: Callable[[int, int], None], /) -> None:
         """Bring the weights to the device.
 
+        :param report: called now and then with what is done and what there is to do, in any unit.
         :raises CheckpointError: the checkpoint does not hold what its config promises.
         """
 
     def kv_capacity(self) -> int:
         """Measure how many KV blocks fit, the null block included.  Call after `load`.
 
-        :raises CapacityError: not even one sequence of the context length fits.
+        :raises CapacityError: not even one sequence of the context length that the configuration
+            asks for fits; without such a wish, not even one block.
         """
 
     def allocate(self, num_blocks: int, /) -> None:
@@ -257,6 +261,33 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give everything back; harmless when called twice."""
+
+
+# --- serving --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontend:
+    """A surface for clients, as the server is to offer it."""
+
+    routes: Sequence[Any]
+    """Routes as the server takes them; `server.http` takes those of Starlette."""
+    open_paths: frozenset[str] = frozenset()
+    """Paths of routes that need no API key; all others do, once there is a key."""
+    openapi: Mapping[str, Any] = field(default_factory=dict)
+    """What it adds to `/openapi.json`: `paths` and `components`."""
+
+
+@runtime_checkable
+class Server(Protocol):
+    """Carries front ends to clients over a socket that is open already."""
+
+    async def serve(self, sock: socket.socket, stop: anyio.Event, grace: float, /) -> None:
+        """Serve until `stop` is set, then accept nothing new and finish what is open.
+
+        :param sock: bound and listening.
+        :param grace: seconds that open requests get after `stop`; then they are cut off.
+        """
 
 
 # --- layers ---------------------------------------------------------------------------------------

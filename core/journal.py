@@ -39,6 +39,8 @@ class _Sequence:
     num_chars_told: int = 0
     """Characters that a delta stream has received."""
     is_end_told: bool = False
+    is_waiting: bool = True
+    """Whether it has not had a row yet."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,12 @@ class Journal:
         self.tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
+        self.num_waiting = 0
+        """Sequences that have not had a row yet."""
+        self.num_waiting_tokens = 0
+        """Prompt tokens of these."""
+        self.num_started_tokens = 0
+        """Prompt tokens of all that ever had a row: how fast this grows tells how long a queue lasts."""
         self._num_submitted = 0
         self._requests: dict[str, _OpenRequest] = {}
         self._sequences: dict[str, _Sequence] = {}
@@ -83,6 +91,16 @@ class Journal:
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def num_open_sequences(self) -> int:
+        """Completions that have not ended, waiting or running."""
+        return len(self._sequences)
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether the request is open and none of its sequences has had a row yet."""
+        request = self._requests.get(request_id)
+        return request is not None and all(sequence.is_waiting for sequence in request.sequences)
 
     # --- in ---
 
@@ -136,14 +154,29 @@ class Journal:
 
     def abort(self, request_id: str) -> list[Command]:
         """Close a request that its client no longer wants; harmless for unknown ids."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return []
+        commands = self.cancel(request_id)
+        for sequence in self._open_sequences(request_id):
+            self._forget(sequence)
+        self._requests.pop(request_id, None)
+        return commands
+
+    def cancel(self, request_id: str, error: str = "") -> list[Command]:
+        """Ask the engine to end a request; its client hears of it when the engine has done so.
+
+        :param error: what to tell the client, if it was not the client's wish.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.error = request.error or error
         return [
             Finish(sequence.sequence_id, FinishReason.ABORT)
-            for sequence in request.sequences
-            if self._sequences.pop(sequence.sequence_id, None) is not None
+            for sequence in self._open_sequences(request_id)
         ]
+
+    def _open_sequences(self, request_id: str) -> list[_Sequence]:
+        request = self._requests.get(request_id)
+        sequences = [] if request is None else request.sequences
+        return [sequence for sequence in sequences if sequence.sequence_id in self._sequences]
 
     def _tokenize(self, prompt: str | Sequence[int]) -> tuple[str | None, list[int]]:
         if not isinstance(prompt, str):
@@ -182,6 +215,8 @@ class Journal:
             sequence = _Sequence(sequence_id, request, completion, detokenizer)
             request.sequences.append(sequence)
             self._sequences[sequence_id] = sequence
+            self.num_waiting += 1
+            self.num_waiting_tokens += len(output.prompt_token_ids)
         self._requests[output.request_id] = request
         return request
 
@@ -214,7 +249,7 @@ class Journal:
             self._take_prompt_logprobs(sequence_id, chunk)
         for sequence_id, num_cached in batch.cached.items():
             if sequence_id in self._sequences:
-                self._sequences[sequence_id].request.output.num_cached_tokens = num_cached
+                self._start(self._sequences[sequence_id], num_cached)
         for sequence_id, token in zip(batch.request_ids, batch.tokens, strict=True):
             sequence = self._sequences.get(sequence_id)
             if sequence is None:
@@ -230,6 +265,18 @@ class Journal:
                 self._end(sequence, entry)
         outputs = [output for request in touched.values() if (output := self._tell(request))]
         return outputs, commands
+
+    def _start(self, sequence: _Sequence, num_cached: int) -> None:
+        output = sequence.request.output
+        output.num_cached_tokens = num_cached
+        if sequence.is_waiting:
+            self._stop_waiting(sequence)
+            self.num_started_tokens += len(output.prompt_token_ids)
+
+    def _stop_waiting(self, sequence: _Sequence) -> None:
+        sequence.is_waiting = False
+        self.num_waiting -= 1
+        self.num_waiting_tokens -= len(sequence.request.output.prompt_token_ids)
 
     def _take_token(
         self, sequence: _Sequence, token: int, logprobs: TokenLogprobs | None, ended: Ended | None
@@ -273,8 +320,13 @@ class Journal:
         sequence.request.error = sequence.request.error or ended.error
         self._close(sequence)
 
-    def _close(self, sequence: _Sequence) -> None:
+    def _forget(self, sequence: _Sequence) -> None:
         del self._sequences[sequence.sequence_id]
+        if sequence.is_waiting:
+            self._stop_waiting(sequence)
+
+    def _close(self, sequence: _Sequence) -> None:
+        self._forget(sequence)
         request = sequence.request
         request.num_open -= 1
         if not request.num_open:

@@ -48,7 +48,7 @@ class Ended(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-class OutputBatch(msgspec.Struct):
+class OutputBatch(msgspec.Struct, tag=True):
     """All that one step gave to the open sequences.  `request_ids` and `tokens` run in parallel."""
 
     request_ids: list[str] = []

@@ -58,6 +58,15 @@ class CompletionOutput:
         """Copy what is here now, so that later tokens do not show up in it."""
         return self.since(0, 0)
 
+    def append(self, newer: CompletionOutput) -> None:
+        """Add the delta that follows this one."""
+        self.text += newer.text
+        self.token_ids += newer.token_ids
+        if self.logprobs is not None and newer.logprobs is not None:
+            self.logprobs += newer.logprobs
+        self.cumulative_logprob = newer.cumulative_logprob
+        self.finish_reason, self.stop_reason = newer.finish_reason, newer.stop_reason
+
     def since(self, num_tokens: int, num_chars: int) -> CompletionOutput:
         """Copy what came after the first `num_tokens` tokens and `num_chars` characters of text."""
         return replace(
@@ -105,3 +114,13 @@ class RequestOutput:
         if outputs is None:
             outputs = [output.snapshot() for output in self.outputs]
         return replace(self, outputs=list(outputs))
+
+    def append(self, newer: RequestOutput) -> RequestOutput:
+        """Join this delta and the one that follows it, for a reader that was too slow for both."""
+        known = {output.index: output for output in self.outputs}
+        for output in newer.outputs:
+            if output.index in known:
+                known[output.index].append(output)
+            else:
+                self.outputs.append(output)
+        return replace(newer, outputs=self.outputs)

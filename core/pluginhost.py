@@ -69,6 +69,7 @@ DESCRIPTOR_HOOKS: Final = {
     "core_register_executors": "executor",
     "core_register_models": "model",
     "core_register_frontends": "frontend",
+    "core_register_servers": "server",
     "core_register_samplers": "sampler",
 }
 """The kind of descriptors that each hook contributes."""

@@ -113,7 +113,12 @@ class ModelEntry(Descriptor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontendEntry(Descriptor):
-    """A front end: `factory(plan, engine)` returns an async callable that serves until cancelled."""
+    """A surface for clients, such as an HTTP API: `factory(service) -> Frontend`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerEntry(Descriptor):
+    """What carries the front ends to clients: `factory(service, frontends) -> Server`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,7 @@ KINDS: Final[dict[str, type[Descriptor]]] = {
     "executor": ExecutorEntry,
     "model": ModelEntry,
     "frontend": FrontendEntry,
+    "server": ServerEntry,
     "sampler": SamplerEntry,
 }
 

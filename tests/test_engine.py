@@ -30,6 +30,8 @@ from core.scheduler import TokenBudgetScheduler
 from core.testing.scheduler import SimulatedDevice, solo_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from core.step import StepPlan, StepResult
 
 BLOCK_SIZE, MAX_SEQS, BUDGET = 2, 4, 16
@@ -45,7 +47,7 @@ class SimulatedExecutor:
         self.num_closed = 0
         self._in_flight: deque[StepResult | Exception] = deque()
 
-    def load(self) -> None:
+    def load(self, _report: Callable[[int, int], None]) -> None:
         pass
 
     def kv_capacity(self) -> int:

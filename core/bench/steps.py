@@ -27,7 +27,7 @@ from core.scheduler import TokenBudgetScheduler
 from core.step import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 BLOCK_SIZE: Final = 16
 PROMPT_LEN: Final = 64
@@ -43,7 +43,7 @@ class NullExecutor:
     def __init__(self) -> None:
         self._plans: deque[StepPlan] = deque()
 
-    def load(self) -> None:
+    def load(self, _report: Callable[[int, int], None]) -> None:
         """Load nothing."""
 
     def kv_capacity(self) -> int:

@@ -64,11 +64,17 @@ class Decoder(nn.Module):
             build, "lm_head", "lm_head", spec.hidden_size, {"lm_head": spec.vocab_size}, bias=False
         )
         self.lm_head = None if spec.tied else build.scheme.make_linear(self._head_spec)
+        self._build = build
+        self.limit_length(max_len)
+        self.slots = [compose_layer(layer) for layer in self._layers()]
+
+    def limit_length(self, max_len: int) -> None:
+        """Make the rotary tables for sequences of up to `max_len` tokens; some kinds depend on it."""
+        build = self._build
         self.rotary = {
             key: RotaryTable(rope, max_len, build.device, build.dtype)
-            for key, rope in spec.ropes.items()
+            for key, rope in self.spec.ropes.items()
         }
-        self.slots = [compose_layer(layer) for layer in self._layers()]
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, meta: Any) -> torch.Tensor:
         """Run all layers.  Writes the keys and values of the step into the attention's cache.

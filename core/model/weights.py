@@ -7,6 +7,7 @@ first byte of a weight is copied.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from core.errors import CheckpointError
@@ -165,6 +164,11 @@ class CheckpointReader:
             raise CheckpointError(f"{stored.file}: cannot read {stored.name}: {error}") from error
         return tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors; call after their dtypes have been checked."""
+        return sum(math.prod(t.shape) * _DTYPES[t.dtype].itemsize for t in self.tensors.values())
+
     def _add(self, file: Path, names: Iterable[str], spec: ModelSpec) -> None:
         for stored_name in names:
             if stored_name.startswith(spec.ignored_prefixes):
@@ -211,14 +215,14 @@ def load_weights(
     path: str | PathLike[str],
     *,
     device: torch.device,
-    progress: bool = True,
+    report: Callable[[int, int], None] = lambda _done, _total: None,
     revision: str | None = None,
 ) -> None:
     """Fill a decoder from a checkpoint.
 
     :param path: folder or name of a repository.
     :param device: of the decoder.
-    :param progress: show a bar if standard error is a terminal.
+    :param report: called with the bytes that have been read and the bytes of all tensors.
     :param revision: branch, tag or commit of the repository.
     :raises CheckpointError: a file is missing or damaged, or the tensors are not those that the
         decoder wants; names the file, the tensor and both shapes.
@@ -230,8 +234,13 @@ def load_weights(
         if decoder.spec.tied:
             _drop_tied_head(reader)
         _check(reader, loads, folder)
-        for load in _with_bar(loads, f"Loading {folder.name}", enabled=progress):
-            load.apply({s: reader.read(f"{load.prefix}.{s}") for s in load.tensors})
+        num_read, total = 0, reader.num_bytes
+        for load in loads:
+            report(num_read, total)
+            tensors = {s: reader.read(f"{load.prefix}.{s}") for s in load.tensors}
+            load.apply(tensors)
+            num_read += sum(tensor.nbytes for tensor in tensors.values())
+        report(total, total)
         finalize(decoder)
 
 
@@ -315,12 +324,6 @@ def _some(names: Sequence[str]) -> str:
 
 def _rest(names: Sequence[str]) -> str:
     return f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-
-
-def _with_bar(loads: Sequence[_Load], title: str, *, enabled: bool) -> Iterator[_Load]:
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (enabled and console.is_terminal)) as bar:
-        yield from bar.track(loads, description=title)
 
 
 # --- without a checkpoint --------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def load(build):
 
     def make(path, **options):
         decoder = build(read_model(load_hf_config(path)), **options)
-        load_weights(decoder, path, device=CPU, progress=False)
+        load_weights(decoder, path, device=CPU)
         return decoder
 
     return make

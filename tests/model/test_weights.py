@@ -76,7 +76,7 @@ def test_every_weight_is_overwritten(checkpoint, build):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.fill_(torch.nan)
-    load_weights(decoder, checkpoint("gemma3"), device=CPU, progress=False)
+    load_weights(decoder, checkpoint("gemma3"), device=CPU)
     assert all(p.isfinite().all() for p in decoder.parameters())
 
 
@@ -270,13 +270,13 @@ def test_a_folder_without_weights(folder, load):
 def test_a_file_instead_of_a_folder(checkpoint, build, folder):
     decoder = build(read_model(load_hf_config(folder)))
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
-        load_weights(decoder, folder / SINGLE_FILE, device=CPU, progress=False)
+        load_weights(decoder, folder / SINGLE_FILE, device=CPU)
 
 
 def test_a_path_that_does_not_exist(build, folder):
     decoder = build(read_model(load_hf_config(folder)))
     with pytest.raises(CheckpointError, match="is no folder and cannot be downloaded"):
-        load_weights(decoder, folder / "absent", device=CPU, progress=False)
+        load_weights(decoder, folder / "absent", device=CPU)
 
 
 # --- dummy weights ---------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_dummy_weights_fill_the_buffers_of_any_scheme(checkpoint, build, run):
 def test_the_tensors_of_a_scheme_are_read_with_its_dtypes(folder, build):
     decoder = build(read_model(load_hf_config(folder)), scheme=PackedScheme())
     with pytest.raises(CheckpointError, match=r"lacks 15 tensors: .*q_proj\.packed"):
-        load_weights(decoder, folder, device=CPU, progress=False)
+        load_weights(decoder, folder, device=CPU)
 
     def pack(tensors):
         for name, tensor in list(tensors.items()):
@@ -362,7 +362,7 @@ def test_the_tensors_of_a_scheme_are_read_with_its_dtypes(folder, build):
                 del tensors[name]
 
     edit(folder, pack)
-    load_weights(decoder, folder, device=CPU, progress=False)
+    load_weights(decoder, folder, device=CPU)
     stored = load_file(folder / SINGLE_FILE)
     qkv = [
         stored[Q_PROJ.replace("q_proj", p).replace("weight", "packed")] for p in ("q_proj", "k_proj")
@@ -372,4 +372,4 @@ def test_the_tensors_of_a_scheme_are_read_with_its_dtypes(folder, build):
 
     edit(folder, put(Q_PROJ.replace("weight", "packed"), torch.ones(64, 64)))
     with pytest.raises(CheckpointError, match="has dtype F32, but uint8 is needed"):
-        load_weights(decoder, folder, device=CPU, progress=False)
+        load_weights(decoder, folder, device=CPU)
