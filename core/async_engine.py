@@ -20,7 +20,7 @@ from anyio.lowlevel import current_token
 from core.assemble import DEFAULT_PLUGINS, ActivePlugins, resolve, start_plugins
 from core.config import load_config
 from core.errors import CytheraError, EngineDeadError, EngineStartError
-from core.events import EventBus
+from core.events import Event, EventBus, Subscription
 from core.link import Failed, Published, Ready, Start, Stop
 from core.llm import load_sampling_defaults, make_journal
 from core.messages import OutputBatch
@@ -98,6 +98,9 @@ class Engine:
         self._report = report
         self._active = active
         self._defaults = defaults
+        self.last_submit_time = time.monotonic()
+        self._subscriptions: list[Subscription] = []
+        self._wanted: set[type[Event]] = set()
         self._streams: dict[str, OutputStream] = {}
         self._ids = itertools.count()
         self._is_known = anyio.Event()  # whether it is ready, or has failed
@@ -140,8 +143,9 @@ class Engine:
         self._link.start(Start(self.config.to_dict(), origins, list(self._defaults)))
         self.assembly = await to_thread.run_sync(self._resolve)
         host, plan = self.assembly.host, self.assembly.plan
-        self.bus = EventBus(host.subscribe(plan))
-        self._link.attach(self.assembly, [kind.__name__ for kind in self.bus.wanted_types()])
+        self.bus = EventBus([*host.subscribe(plan), *self._subscriptions])
+        wanted = self._wanted.union(self.bus.wanted_types())
+        self._link.attach(self.assembly, [kind.__name__ for kind in wanted])
         await self._is_known.wait()
         if self._ready is None:
             raise self._explain_failure()
@@ -175,6 +179,26 @@ class Engine:
             for stream in self._streams.values():
                 stream.close()
             self._streams.clear()
+
+    def subscribe(self, subscription: Subscription) -> None:
+        """Subscribe to events before the engine is started.
+
+        :raises EngineDeadError: it is too late.
+        """
+        self._check_not_started()
+        self._subscriptions.append(subscription)
+
+    def want(self, *types: type[Event]) -> None:
+        """Have events of these types built, for `bus.tap`.
+
+        :raises EngineDeadError: it is too late.
+        """
+        self._check_not_started()
+        self._wanted.update(types)
+
+    def _check_not_started(self) -> None:
+        if hasattr(self, "bus"):
+            raise EngineDeadError("the engine has been told which events to build: subscribe earlier")
 
     async def wait_ended(self) -> None:
         """Return when the engine has ended, whatever ended it; see `failure`."""
@@ -218,17 +242,20 @@ class Engine:
         kind: OutputKind = OutputKind.CUMULATIVE,
         priority: int = 0,
         cache_salt: str = "",
+        text: str | None = None,
     ) -> OutputStream:
         """Submit one request at once.
 
+        :param text: what a prompt of token ids was made from, for the outputs.
         :return: its outputs; whoever takes no interest in them any more calls `abort`.
         :raises RequestError: it is refused.
         :raises EngineDeadError: the engine has ended.
         """
         self._check_alive()
         commands = self.journal.submit(
-            request_id, prompt, params, kind=kind, priority=priority, cache_salt=cache_salt
+            request_id, prompt, params, kind=kind, priority=priority, cache_salt=cache_salt, text=text
         )
+        self.last_submit_time = time.monotonic()
         stream = self._streams[request_id] = OutputStream(self, kind)
         self._send(commands)
         return stream

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -284,14 +284,25 @@ class EventBus:
     def __init__(self, subscriptions: Iterable[Subscription] = ()) -> None:
         self._subscribers = [_Subscriber(subscription, self) for subscription in subscriptions]
         self._notes: deque[Event] = deque()  # from subscriber threads, published with the next step
+        self._taps: dict[Callable[[EventBatch], None], tuple[type[Event], ...]] = {}
         self._seq = 0
         self.is_active = bool(self._subscribers)
         """Whether anybody listens: when not, the engine builds no events."""
 
-    def subscribe(self, subscription: Subscription) -> None:
-        """Add a subscriber; an engine that runs already does not build more than it did for it."""
-        self._subscribers.append(_Subscriber(subscription, self))
+    def tap(
+        self, handler: Callable[[EventBatch], None], types: tuple[type[Event], ...]
+    ) -> Callable[[], None]:
+        """Have `handler` called by `publish` itself, on its thread: it must be quick and not fail.
+
+        :return: ends it.
+        """
+        self._taps[handler] = types
         self.is_active = True
+        return lambda: self._remove_tap(handler)
+
+    def _remove_tap(self, handler: Callable[[EventBatch], None]) -> None:
+        self._taps.pop(handler, None)
+        self.is_active = bool(self._subscribers or self._taps)
 
     def publish(self, events: Sequence[Event], step: int) -> None:
         """Queue one batch for every subscriber; drops nothing silently (see `dropped`)."""
@@ -307,6 +318,10 @@ class EventBus:
         for subscriber in self._subscribers:
             if subscriber.is_active:
                 subscriber.put(batch)
+        for handler, types in tuple(self._taps.items()):
+            wanted = [event for event in batch_events if isinstance(event, types)]
+            if wanted:
+                handler(EventBatch(batch.seq, step, batch.time, wanted))
 
     def wants(self, *types: type[Event]) -> bool:
         """Whether anybody subscribed to one of these types: what nobody wants is not built."""

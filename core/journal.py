@@ -113,14 +113,16 @@ class Journal:
         kind: OutputKind = OutputKind.CUMULATIVE,
         priority: int = 0,
         cache_salt: str = "",
+        text: str | None = None,
     ) -> list[Command]:
         """Open a request.
 
         :param prompt: text, or token ids.
+        :param text: what the token ids were made from, if somebody knows.
         :return: the commands that the engine has to receive, in order.
         :raises RequestError: it is refused; nothing was opened then.
         """
-        text, token_ids = self._tokenize(prompt)
+        own_text, token_ids = self._tokenize(prompt)
         max_tokens = self.limits.check(
             token_ids, params, priority=priority, cache_salt=cache_salt, request_id=request_id
         )
@@ -131,7 +133,9 @@ class Journal:
             raise InvalidRequestError(
                 f"request_id: {request_id!r} is in use by another open request", field="request_id"
             )
-        output = RequestOutput(request_id=request_id, prompt=text, prompt_token_ids=token_ids)
+        output = RequestOutput(
+            request_id=request_id, prompt=own_text or text, prompt_token_ids=token_ids
+        )
         request = self._open(output, params, kind, ids)
         seed = self._next_seed(params)
         stop_ids = set(params.stop_token_ids or ())
