@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -41,7 +41,7 @@ async def run_with_budget(
     raise BudgetExceededError(f"took longer than {seconds:g} s")
 
 
-class _Call:
+class _Call(Generic[T]):
     """One run of a function, in whatever thread it gets."""
 
     def __init__(self, function: Callable[[], T]) -> None:
@@ -53,7 +53,7 @@ class _Call:
         try:
             with self._lock:
                 self._thread_id = threading.get_ident()
-            return self._function()  # type: ignore[return-value]  the T of __init__
+            return self._function()
         finally:
             with self._lock:  # from here on the thread may belong to somebody else
                 self._thread_id = None

@@ -116,28 +116,28 @@ class Service:
                 tasks.start_soon(self._wake_on_end)
                 await self._stop.wait()
                 tasks.cancel_scope.cancel()
-            if engine.failure is not None:
-                raise engine.failure
-        except BaseException as error:
-            if not isinstance(error, anyio.get_cancelled_exc_class()):
-                self._take_status(Status(Phase.FAILED, error=str(error)))
+        except Exception as error:
+            self._take_status(Status(Phase.FAILED, error=str(error)))
             raise
+        if engine.failure is not None:
+            self._take_status(Status(Phase.FAILED, error=str(engine.failure)))
+            raise engine.failure
         self._take_status(Status(Phase.STOPPED))
 
     async def _wake_on_end(self) -> None:
         await self._engine.wait_ended()
         self._stop.set()
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, grace: float) -> None:
         """Take no new request, and wait until the open ones have ended.
 
-        :param timeout: seconds after which those still open are ended.
+        :param grace: seconds after which those still open are ended.
         """
         if self.status.phase in (Phase.FAILED, Phase.STOPPED):
             return
         self._take_status(Status(Phase.DRAINING))
         if self._admissions:
-            with anyio.move_on_after(timeout):
+            with anyio.move_on_after(grace):
                 await self._is_idle.wait()
         for request_id in list(self._admissions):
             self.cancel(request_id, "the server is shutting down")
