@@ -211,6 +211,7 @@ def make_app() -> App:
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(negative=()),
     )
+    app.command(serve, alias="run")
     app.command(plan)
     plugins = App(name="plugins", help="See what is installed and whether it works.")
     for command, name in ((plugins_list, "list"), (plugins_show, "show"), (plugins_check, "check")):
@@ -225,6 +226,25 @@ def make_app() -> App:
     app.command(bench)
     app.command(version)
     return app
+
+
+def serve(
+    model: str | None = None,
+    /,
+    *,
+    flags: Flags = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = (),
+) -> int:
+    """Serve a model to clients of the OpenAI API.
+
+    :param model: Folder of a checkpoint, or the id of one on the hub; demo is the bundled one.
+    """
+    config = _load(model, flags, config_file, assignments)
+    configure_logging(config.log_level, config.log_format)
+    from core import serve as serving  # noqa: PLC0415  not needed for --help
+
+    return serving.serve(config)
 
 
 def plan(
