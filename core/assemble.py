@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pydantic
 
+from core.demo import find_model
 from core.engine import EngineCore
 from core.errors import ConfigError, PlanError, PluginNotFoundError
 from core.events import EventBus
@@ -321,7 +322,8 @@ class _Draft:
         self.objections: list[str] = []
         self.notes: list[str] = []
         self.choices: dict[str, Choice] = {}
-        self.hf_config = load_hf_config(config.model, config.revision)
+        self.model_path = find_model(config.model)
+        self.hf_config = load_hf_config(self.model_path, config.revision)
         self.model = self._read_model()
         self.device = _resolve_device(config.device)
         self.dtype = _resolve_dtype(config.dtype, self.hf_config)
@@ -339,7 +341,7 @@ class _Draft:
         return Plan(
             config=self.config,
             model=self.model,
-            model_path=self.config.model,
+            model_path=self.model_path,
             device=self.device,
             dtype=self.dtype,
             max_model_len=self._resolve_max_model_len(),

@@ -47,8 +47,6 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """The engine is loaded and takes requests."""
 
     plan_digest: str
-    max_model_len: int
-    """What fits into the KV cache, if the configuration left it open."""
     num_kv_blocks: int
     """Usable ones."""
 

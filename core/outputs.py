@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from copy import copy as shallow_copy
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +23,7 @@ class OutputKind(enum.Enum):
     """One output, when the request has ended."""
 
 
-@dataclass(slots=True)
-class Logprob:
+class Logprob(msgspec.Struct):
     """The log-probability of one token at one position."""
 
     logprob: float
@@ -33,14 +34,13 @@ class Logprob:
     """The token as text; `None` without a tokenizer."""
 
 
-@dataclass(slots=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct):
     """One completion of a request, or, in a delta stream, the new part of it."""
 
     index: int
     """Which of the request's `n` completions this is."""
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     cumulative_logprob: float | None = None
     """Sum over all generated tokens, in a delta too; `None` unless log-probabilities were asked for."""
     logprobs: list[dict[int, Logprob]] | None = None
@@ -69,16 +69,18 @@ class CompletionOutput:
 
     def since(self, num_tokens: int, num_chars: int) -> CompletionOutput:
         """Copy what came after the first `num_tokens` tokens and `num_chars` characters of text."""
-        return replace(
-            self,
-            text=self.text[num_chars:],
-            token_ids=self.token_ids[num_tokens:],
-            logprobs=None if self.logprobs is None else self.logprobs[num_tokens:],
+        return CompletionOutput(
+            self.index,
+            self.text[num_chars:],
+            self.token_ids[num_tokens:],
+            self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[num_tokens:],
+            self.finish_reason,
+            self.stop_reason,
         )
 
 
-@dataclass(slots=True)
-class RequestMetrics:
+class RequestMetrics(msgspec.Struct):
     """When things happened to a request, in seconds of the monotonic clock."""
 
     arrival_time: float
@@ -86,8 +88,7 @@ class RequestMetrics:
     last_token_time: float | None = None
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct):
     """One request: its prompt and its completions so far."""
 
     request_id: str
@@ -96,7 +97,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """For each prompt token; the first entry is `None`, since nothing predicts that token."""
-    outputs: list[CompletionOutput] = field(default_factory=list)
+    outputs: list[CompletionOutput] = []
     finished: bool = False
     """Whether all completions have ended."""
     num_cached_tokens: int | None = None
@@ -113,7 +114,9 @@ class RequestOutput:
         """
         if outputs is None:
             outputs = [output.snapshot() for output in self.outputs]
-        return replace(self, outputs=list(outputs))
+        copy = shallow_copy(self)
+        copy.outputs = list(outputs)
+        return copy
 
     def append(self, newer: RequestOutput) -> RequestOutput:
         """Join this delta and the one that follows it, for a reader that was too slow for both."""
@@ -123,4 +126,5 @@ class RequestOutput:
                 known[output.index].append(output)
             else:
                 self.outputs.append(output)
-        return replace(newer, outputs=self.outputs)
+        newer.outputs = self.outputs
+        return newer

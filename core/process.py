@@ -115,9 +115,7 @@ class EngineHost:
         if self._is_stopping:
             self.engine.close()
             return
-        num_blocks = self.engine.kv_cache.num_blocks
-        plan = assembly.plan
-        self._send(Ready(plan.digest(), plan.fit_model_len(num_blocks + 1), num_blocks))
+        self._send(Ready(assembly.plan.digest(), self.engine.kv_cache.num_blocks))
         self.engine.run()
 
 

@@ -116,11 +116,17 @@ VALUES = {
     "plugins": (["a.b,no:c.d"], ["a.b", "no:c.d"]),
     "served_model_name": (["x,y"], ["x", "y"]),
     "max_num_batched_tokens": (["4k"], 4096),
+    "chat_template_timeout": (["0.5"], 0.5),
+    "request_timeout": (["7"], 7.0),
+    "queue_timeout": (["7"], 7.0),
+    "shutdown_timeout": (["7"], 7.0),
 }
+SECRETS = {"api_key"}
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in EngineConfig.model_fields if n not in ("model", "plugin_settings")]
+    "name",
+    [n for n in EngineConfig.model_fields if n not in {"model", "plugin_settings", *SECRETS}],
 )
 def test_every_flag_reaches_its_setting(name, capsys):
     kind = EngineConfig.model_fields[name].annotation
@@ -131,6 +137,13 @@ def test_every_flag_reaches_its_setting(name, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown.pop(name) == {"value": value, "origin": f"flag {flag}"}
     assert {entry["origin"] for entry in shown.values()} == {"default"}
+
+
+def test_keys_are_never_shown(capsys, monkeypatch):
+    monkeypatch.setenv("CYTHERA_API_KEY", "hidden-1")
+    for arguments in ([], ["--json"], ["--origin"], ["--api-key", "hidden-2"]):
+        assert main(["config", "show", "m", *arguments]) == 0
+        assert "hidden" not in capsys.readouterr().out
 
 
 def test_short_flags_and_switches(capsys):

@@ -25,6 +25,7 @@ LIFECYCLE = [
     "core_register_executors",
     "core_register_models",
     "core_register_frontends",
+    "core_register_servers",
     "core_register_samplers",
     "core_register_commands",
     "core_select_backend",

@@ -518,6 +518,10 @@ def test_hook_core_register_frontends(start):
     declares(start, "core_register_frontends", "frontend")
 
 
+def test_hook_core_register_servers(start):
+    declares(start, "core_register_servers", "server")
+
+
 def test_hook_core_register_samplers(start):
     declares(start, "core_register_samplers", "sampler")
 
