@@ -141,7 +141,7 @@ class Engine:
         ).start()
         origins = self.config.origins
         self._link.start(Start(self.config.to_dict(), origins, list(self._defaults)))
-        self.assembly = await to_thread.run_sync(self._resolve)
+        self.assembly = await to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         host, plan = self.assembly.host, self.assembly.plan
         self.bus = EventBus([*host.subscribe(plan), *self._subscriptions])
         wanted = self._wanted.union(self.bus.wanted_types())

@@ -223,6 +223,7 @@ def make_app() -> App:
     bench = App(name="bench", help="Measure the engine on this machine.")
     bench.command(bench_steps, name="steps")
     bench.command(bench_compare, name="compare")
+    bench.command(bench_http, name="http")
     app.command(bench)
     app.command(version)
     return app
@@ -372,6 +373,22 @@ def bench_compare(
 
     workload = compare.Workload(num_requests=num_requests)
     _print(compare.report(compare.compare(workload, hidden_size=hidden_size, num_layers=num_layers)))
+
+
+def bench_http(
+    model: str = "demo",
+    /,
+    *,
+    num_streams: Annotated[int, Parameter(help="Streams side by side.")] = 256,
+    num_tokens: Annotated[int, Parameter(help="Tokens of each stream.")] = 512,
+) -> None:
+    """Measure what streaming over HTTP costs, with a real server and an engine that computes nothing.
+
+    :param model: Folder of a checkpoint, whose tokenizer is used.
+    """
+    from core.bench import http  # noqa: PLC0415  imports psutil, an extra
+
+    _print(http.report(http.measure(model, num_streams=num_streams, num_tokens=num_tokens)))
 
 
 def version() -> None:

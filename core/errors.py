@@ -152,3 +152,9 @@ class OverloadedError(CytheraError):
 
 class DeadlineExceededError(CytheraError):
     """The request was ended because its time, or its time in the queue, ran out."""
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Find what happened first, if several tasks tell of the same end."""
+    first = group.exceptions[0]
+    return first_cause(first) if isinstance(first, BaseExceptionGroup) else first

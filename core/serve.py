@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from core.errors import ConfigError, CytheraError
+from core.errors import ConfigError, CytheraError, first_cause
 from core.service import Service
 from core.start_display import StartDisplay
 from core.status import Phase, Status
@@ -40,7 +40,7 @@ def serve(config: EngineConfig) -> int:
         try:
             anyio.run(_Serving(config, sock).run, backend="asyncio", backend_options=_loop_options())
         except BaseExceptionGroup as group:
-            raise _first_cause(group) from None
+            raise first_cause(group) from None
     return 0
 
 
@@ -88,12 +88,6 @@ def _loop_options() -> dict[str, Any]:
     return {"use_uvloop": True}
 
 
-def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Find what happened, if several tasks tell of the same end."""
-    first = group.exceptions[0]
-    return _first_cause(first) if isinstance(first, BaseExceptionGroup) else first
-
-
 class _Serving:
     """One run of the server."""
 
@@ -122,7 +116,7 @@ class _Serving:
                         self._stop_server.set()
                         tasks.cancel_scope.deadline = anyio.current_time() + 5.0
             except BaseExceptionGroup as group:
-                raise _with_trace_file(_first_cause(group)) from None
+                raise _with_trace_file(first_cause(group)) from None
 
     def _take_status(self, status: Status) -> None:
         if status.phase is Phase.READY:

@@ -25,6 +25,7 @@ from core.errors import (
     ModelNotFoundError,
     NotReadyError,
     OverloadedError,
+    first_cause,
 )
 from core.events import Event, EventBatch, RequestRefused, Subscription
 from core.interfaces import Frontend, Server, missing_members
@@ -111,22 +112,24 @@ class Service:
         :raises CytheraError: the engine cannot start, or has died.
         """
         try:
-            async with self._engine as engine, anyio.create_task_group() as tasks:
-                tasks.start_soon(self._deadlines.enforce)
-                tasks.start_soon(self._wake_on_end)
-                await self._stop.wait()
-                tasks.cancel_scope.cancel()
-        except Exception as error:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._cancel_on_stop, tasks.cancel_scope)
+                async with self._engine as engine:
+                    tasks.start_soon(self._deadlines.enforce)
+                    await engine.wait_ended()
+                    self._stop.set()
+        except BaseExceptionGroup as group:
+            error = first_cause(group)
             self._take_status(Status(Phase.FAILED, error=str(error)))
-            raise
-        if engine.failure is not None:
-            self._take_status(Status(Phase.FAILED, error=str(engine.failure)))
-            raise engine.failure
+            raise error from None
+        if self._engine.failure is not None:
+            self._take_status(Status(Phase.FAILED, error=str(self._engine.failure)))
+            raise self._engine.failure
         self._take_status(Status(Phase.STOPPED))
 
-    async def _wake_on_end(self) -> None:
-        await self._engine.wait_ended()
-        self._stop.set()
+    async def _cancel_on_stop(self, scope: anyio.CancelScope) -> None:
+        await self._stop.wait()
+        scope.cancel()
 
     async def drain(self, grace: float) -> None:
         """Take no new request, and wait until the open ones have ended.

@@ -11,10 +11,10 @@ import gc
 import sys
 import time
 import types
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from core.bench.null_executor import NullExecutor
 from core.blocks import BlockPool
 from core.engine import EngineCore
 from core.events import EventBatch, EventBus, Subscription, WorkerLost
@@ -24,46 +24,14 @@ from core.messages import OutputBatch, Submit
 from core.pluginhost import PluginHost, PluginSelection
 from core.request import SamplingParams
 from core.scheduler import TokenBudgetScheduler
-from core.step import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 BLOCK_SIZE: Final = 16
 PROMPT_LEN: Final = 64
 GOAL_MS: Final = 0.3
 GOAL_RATIO: Final = 1.05
-
-
-class NullExecutor:
-    """Fulfils `core.interfaces.Executor`; every row draws token 7 at once."""
-
-    max_in_flight = 1
-
-    def __init__(self) -> None:
-        self._plans: deque[StepPlan] = deque()
-
-    def load(self, _report: Callable[[int, int], None]) -> None:
-        """Load nothing."""
-
-    def kv_capacity(self) -> int:
-        """Claim one block."""
-        return 1
-
-    def allocate(self, num_blocks: int, /) -> None:
-        """Allocate nothing."""
-
-    def submit(self, plan: StepPlan, /) -> None:
-        """Remember the plan."""
-        self._plans.append(plan)
-
-    def collect(self) -> StepResult:
-        """Answer the oldest plan."""
-        plan = self._plans.popleft()
-        return StepResult(plan.step, [7 if samples else -1 for samples in plan.samples], {}, {})
-
-    def close(self) -> None:
-        """Close nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,12 +63,7 @@ ALWAYS = [
     (WorkerLost(1, "silent"), "error", "worker lost"),
     (SubscriberDropped("x", "boom"), "error", "event subscriber switched off"),
 ]
-NEVER = [
-    RequestQueued("r1", 5),
-    RequestScheduled("r1", 0, 0.1),
-    FirstToken("r1", 0.2),
-    BlocksEvicted([1]),
-]
+NEVER = [RequestQueued("r1", 5), BlocksEvicted([1])]
 
 
 @pytest.mark.parametrize("has_requests", [False, True])
@@ -93,6 +88,61 @@ def test_requests_get_lines_only_when_asked_for():
     assert "error" not in lines[1]
 
 
+def request(name, output, *, queue=0.25, first=0.5, duration=1.5, reason="stop"):
+    return [
+        RequestScheduled(name, 2, queue),
+        FirstToken(name, first),
+        RequestPreempted(name, 6),
+        RequestScheduled(name, 4, 1.25),
+        RequestFinished(name, reason, 5, output, 2, 1, duration),
+    ]
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort", "error"])
+def test_the_line_of_a_request_says_how_fast_it_was(reason):
+    events = request("r1", 11, reason=reason)
+    *_, line = lines_of([(1.0, events[:3]), (2.0, events[3:])], requests=True)
+    assert line == {
+        "event": "request failed" if reason == "error" else "request finished",
+        "log_level": "error" if reason == "error" else "info",
+        "request_id": "r1",
+        "reason": reason,
+        "num_prompt": 5,
+        "num_output": 11,
+        "num_cached": 2,
+        "num_preemptions": 1,
+        "duration": 1.5,
+        "queue_time": 0.25,
+        "time_to_first_token": 0.5,
+        "tokens_per_s": 10.0,
+    }
+
+
+def test_a_request_without_a_second_token_has_no_speed():
+    for events in (request("r1", 1, duration=0.5), request("r1", 1), request("r1", 2, duration=0.5)):
+        *_, line = lines_of([(1.0, events)], requests=True)
+        assert "tokens_per_s" not in line
+        assert line["time_to_first_token"] == 0.5
+    [line] = lines_of([(1.0, [RequestFinished("r1", "abort", 5, 0, 0, 0, 1.0)])], requests=True)
+    assert not {"queue_time", "time_to_first_token", "tokens_per_s"} & line.keys()
+
+
+def test_times_of_an_id_that_comes_again_are_new():
+    again = [RequestFinished("r1", "abort", 5, 0, 0, 0, 1.0)]
+    *_, line = lines_of([(1.0, request("r1", 11)), (2.0, again)], requests=True)
+    assert "queue_time" not in line
+
+
+def test_ends_that_are_lost_leave_no_more_behind_than_a_limit(monkeypatch):
+    monkeypatch.setattr(plugin, "MAX_TIMED", 100)
+    timings = plugin.Timings()
+    for number in range(1000):
+        timings.note(f"r{number}", "queue_time", float(number))
+    assert len(timings._open) == 100
+    assert timings.end(RequestFinished("r999", "stop", 1, 1, 0, 0, 1.0)) == {"queue_time": 999.0}
+    assert timings.end(RequestFinished("r0", "stop", 1, 1, 0, 0, 1.0)) == {}
+
+
 def test_nothing_else_is_even_subscribed_to():
     for interval in (0.0, 10.0):
         for has_requests in (False, True):
@@ -100,6 +150,8 @@ def test_nothing_else_is_even_subscribed_to():
             assert not {type(event) for event in NEVER} & set(subscription.types)
             assert (StepCompleted in subscription.types) == (interval > 0)
             assert (RequestPreempted in subscription.types) == (interval > 0 or has_requests)
+            assert (RequestScheduled in subscription.types) == has_requests
+            assert (FirstToken in subscription.types) == has_requests
 
 
 def test_statistics_come_at_most_every_interval():

@@ -13,9 +13,11 @@ from core import hookimpl
 from core.events import (
     EngineStarted,
     EngineStopping,
+    FirstToken,
     RequestFinished,
     RequestPreempted,
     RequestRefused,
+    RequestScheduled,
     StepCompleted,
     StepFailed,
     SubscriberDropped,
@@ -42,6 +44,8 @@ LINES: Final[dict[type[Event], tuple[int, str]]] = {
     WorkerLost: (logging.ERROR, "worker lost"),
 }
 """What is written whatever the settings say."""
+MAX_TIMED: Final = 2**16
+"""Most requests whose times are kept; more only come together if their ends were lost."""
 
 log = structlog.get_logger(NAME)
 
@@ -99,12 +103,37 @@ class Statistics:
         }
 
 
+class Timings:
+    """What the line of a request says about its speed, beyond what the event of its end holds."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, dict[str, float]] = {}
+
+    def note(self, request_id: str, name: str, seconds: float) -> None:
+        """Keep when something happened to a request for the first time, counted from its arrival."""
+        self._open.setdefault(request_id, {}).setdefault(name, seconds)
+        if len(self._open) > MAX_TIMED:
+            del self._open[next(iter(self._open))]
+
+    def end(self, event: RequestFinished) -> dict[str, float]:
+        """Return the fields for a request that has ended, and forget it.
+
+        `tokens_per_s` is the speed behind the first token: what a reader of the stream sees.
+        """
+        times = self._open.pop(event.request_id, {})
+        seconds = event.duration - times.get("time_to_first_token", math.inf)
+        if event.num_output > 1 and seconds > 0:
+            times["tokens_per_s"] = round((event.num_output - 1) / seconds, 1)
+        return {name: round(value, 3) for name, value in times.items()}
+
+
 class LogSubscriber:
     """Turns batches of events into lines; runs on the subscriber's thread."""
 
     def __init__(self, settings: LogSettings) -> None:
         self._settings = settings
         self._statistics = Statistics()
+        self._timings = Timings()
 
     def __call__(self, batch: EventBatch, /) -> None:
         """Write what the batch is worth."""
@@ -118,6 +147,10 @@ class LogSubscriber:
         match event:
             case StepCompleted():
                 self._statistics.add_step(event, time)
+            case RequestScheduled():
+                self._timings.note(event.request_id, "queue_time", event.queue_time)
+            case FirstToken():
+                self._timings.note(event.request_id, "time_to_first_token", event.latency)
             case RequestFinished():
                 self._take_finished(event)
             case RequestPreempted():
@@ -132,10 +165,11 @@ class LogSubscriber:
 
     def _take_finished(self, event: RequestFinished) -> None:
         self._statistics.num_finished += 1
+        fields = _fields(event) | self._timings.end(event)
         if event.reason == FinishReason.ERROR:
-            log.error("request failed", **_fields(event))
+            log.error("request failed", **fields)
         elif self._settings.requests:
-            log.info("request finished", **_fields(event))
+            log.info("request finished", **fields)
 
     def _report(self) -> None:
         summary = self._statistics.summary()
@@ -180,4 +214,6 @@ def core_subscribe(plan: Plan) -> list[Subscription]:
         types.append(StepCompleted)
     if settings.interval or settings.requests:
         types.append(RequestPreempted)
+    if settings.requests:
+        types += [RequestScheduled, FirstToken]
     return [Subscription(NAME, LogSubscriber(settings), tuple(types))]

@@ -1,0 +1,1 @@
+"""Surfaces for clients: HTTP APIs and pages."""

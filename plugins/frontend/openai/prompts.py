@@ -1,0 +1,173 @@
+"""From texts and conversations to token ids."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from core.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from core.service import Service
+    from core.tokenizer import Tokenizer
+    from plugins.frontend.openai.types import ChatRequest, TokenizeRequest
+
+RESERVED: Final = frozenset({"add_generation_prompt", "continue_final_message", "messages", "self"})
+"""What a template does not get as one of its own variables."""
+_ROLE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, as the engine takes it."""
+
+    token_ids: list[int]
+    text: str | None = None
+    """As the client wrote it; `None` for token ids, and for a text that was cut."""
+
+    def cut(self, limit: int | None, max_model_len: int, max_tokens: int | None) -> Prompt:
+        """Keep the end of a prompt.
+
+        :param limit: tokens to keep; -1 for as many as leave room for `max_tokens`, `None` for all.
+        :raises InvalidRequestError: the limit is no number of tokens.
+        """
+        if limit is None:
+            return self
+        if limit == -1:
+            limit = max(1, max_model_len - max(1, max_tokens or 1))
+        if limit < 1:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens: must be at least 1, or -1 for what fits, got {limit}",
+                field="truncate_prompt_tokens",
+            )
+        return self if len(self.token_ids) <= limit else Prompt(self.token_ids[-limit:])
+
+
+def need_tokenizer(service: Service, field: str) -> Tokenizer:
+    """Return the model's tokenizer.
+
+    :param field: what cannot be served without one.
+    :raises InvalidRequestError: the model has none.
+    """
+    if service.tokenizer is None:
+        raise InvalidRequestError(
+            f"{field}: text needs a tokenizer, but this model has none; send a prompt of token ids",
+            field=field,
+        )
+    return service.tokenizer
+
+
+async def encode_text(service: Service, text: str, *, add_special_tokens: bool) -> Prompt:
+    """Encode a text.  What spells a special token becomes one: people write templates by hand.
+
+    :raises InvalidRequestError: it is empty, or there is no tokenizer.
+    """
+    need_tokenizer(service, "prompt")
+    if not text:
+        raise InvalidRequestError("prompt: text must not be empty", field="prompt")
+    token_ids = await service.encode(text, add_special_tokens=add_special_tokens, parse_special=True)
+    return Prompt(token_ids, text)
+
+
+async def decode_prompt(service: Service, token_ids: list[int]) -> str:
+    """Write a prompt of token ids as text.
+
+    :raises InvalidRequestError: one is not in the vocabulary, or there is no tokenizer.
+    """
+    need_tokenizer(service, "echo")
+    try:
+        return await service.decode(token_ids)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"prompt: {error}", field="prompt") from None
+
+
+async def encode_conversation(service: Service, request: ChatRequest | TokenizeRequest) -> Prompt:
+    """Render a conversation with the model's chat template, and encode that.
+
+    A template writes special tokens itself, so none are added unless the request wants them.
+
+    The rendered text is one text in which special tokens are parsed, so nothing that clients
+    contribute to it may spell one.
+
+    :raises InvalidRequestError: something does, the template refuses the conversation, or there is
+        no tokenizer.
+    """
+    tokenizer = need_tokenizer(service, "messages")
+    for name in sorted(RESERVED.intersection(request.chat_template_kwargs or ())):
+        raise InvalidRequestError(
+            f"chat_template_kwargs: {name!r} is a field of the request itself",
+            field="chat_template_kwargs",
+        )
+    _check_roles(request.messages or [])
+    for field in ("messages", "tools", "documents", "chat_template_kwargs"):
+        _check_special(tokenizer, field, getattr(request, field))
+    generation = request.add_generation_prompt
+    text = await service.render_chat(
+        request.messages or [],
+        add_generation_prompt=True if generation is None else generation,
+        continue_final_message=bool(request.continue_final_message),
+        tools=request.tools,
+        documents=request.documents,
+        chat_template_kwargs=request.chat_template_kwargs,
+    )
+    token_ids = await service.encode(
+        text, add_special_tokens=bool(request.add_special_tokens), parse_special=True
+    )
+    return Prompt(token_ids, text)
+
+
+def _check_roles(messages: list[dict[str, Any]]) -> None:
+    """Refuse a role that is no word: some templates build control tokens around it."""
+    for index, message in enumerate(messages):
+        role = message.get("role")
+        if isinstance(role, str) and not _ROLE.fullmatch(role):
+            place = f"messages[{index}].role"
+            raise InvalidRequestError(
+                f"{place}: must be a word of letters, digits, _ and -, got {reprlib.repr(role)}",
+                field=place,
+            )
+
+
+def _check_special(tokenizer: Tokenizer, field: str, value: object) -> None:
+    pattern = _special_pattern(tokenizer)
+    for place, text in _texts(field, value):
+        match = pattern.search(text)
+        if match is not None:
+            raise InvalidRequestError(
+                f"{place}: holds {match[0]!r}, a control token of this model, which no message may "
+                f"contain; change the text, or write the whole prompt yourself for /v1/completions",
+                field=place,
+            )
+
+
+def _texts(place: str, value: object) -> Iterator[tuple[str, str]]:
+    """Walk through all texts of a JSON value, keys too, with their places."""
+    stack: list[tuple[str, Any]] = [(place, value)]
+    while stack:
+        place, value = stack.pop()
+        if isinstance(value, str):
+            yield place, value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield place, key
+                stack.append((f"{place}.{key}", item))
+        elif isinstance(value, list):
+            stack += [(f"{place}[{index}]", item) for index, item in enumerate(value)]
+
+
+@lru_cache(maxsize=4)
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Match the text of any special token; nothing if there are none."""
+    texts = special_texts(tokenizer).values()
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), reverse=True))) or r"(?!)")
+
+
+def special_texts(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the special tokens by id, spelled as the tokenizer finds them in a text."""
+    ids = sorted(tokenizer.special_ids)
+    return dict(zip(ids, tokenizer.hf.convert_ids_to_tokens(ids), strict=True))

@@ -1,0 +1,1 @@
+"""Servers: what carries front ends to clients."""
