@@ -319,7 +319,7 @@ class Engine:
                 case OutputBatch():
                     self._take(message)
                 case Published():
-                    self.bus.publish(message.events, message.step)
+                    self.bus.publish(message.events, message.step, message.time)
                 case Status():
                     self._report(message)
                 case Ready():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import httpx
     from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.segment import SegmentLines
 
 T = TypeVar("T")
 
@@ -414,15 +415,9 @@ class MarkdownWriter:
         self._live.stop()
         self._print(text)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, _options: ConsoleOptions) -> RenderResult:
         """Show the end of the last block: a terminal cannot redraw more than it shows."""
-        from rich.markdown import Markdown  # noqa: PLC0415  as above
-        from rich.segment import Segment  # noqa: PLC0415
-
-        lines = console.render_lines(Markdown(self._text), options, pad=False)
-        for line in lines[-(console.height - 1) :]:
-            yield from line
-            yield Segment.line()
+        yield self._render(self._text, max_lines=console.height - 1)
 
     def add(self, text: str) -> None:
         """Render more of the answer."""
@@ -430,11 +425,22 @@ class MarkdownWriter:
         self._print(finished)
 
     def _print(self, text: str) -> None:
-        from rich.markdown import Markdown  # noqa: PLC0415  as above
-
         if text.strip():
-            self._console.print(Markdown(text))
+            self._console.print(self._render(text))
             self._console.print()
+
+    def _render(self, text: str, max_lines: int = 0) -> SegmentLines:
+        """Render blocks without the blank lines that some kinds have around them.
+
+        :param max_lines: keep that many from the end; 0 keeps all.
+        """
+        from rich.markdown import Markdown  # noqa: PLC0415  as above
+        from rich.segment import SegmentLines  # noqa: PLC0415
+
+        lines = self._console.render_lines(Markdown(text), pad=False)
+        filled = [i for i, line in enumerate(lines) if any(part.text.strip() for part in line)]
+        lines = lines[filled[0] : filled[-1] + 1] if filled else []
+        return SegmentLines(lines[-max_lines:], new_lines=True)
 
 
 def split_finished(text: str) -> tuple[str, str]:

@@ -212,6 +212,7 @@ def make_app() -> App:
         default_parameter=Parameter(negative=()),
     )
     app.command(serve, alias="run")
+    app.command("core.chat:chat", name="chat")
     app.command(plan)
     plugins = App(name="plugins", help="See what is installed and whether it works.")
     for command, name in ((plugins_list, "list"), (plugins_show, "show"), (plugins_check, "check")):

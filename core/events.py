@@ -304,8 +304,11 @@ class EventBus:
         self._taps.pop(handler, None)
         self.is_active = bool(self._subscribers or self._taps)
 
-    def publish(self, events: Sequence[Event], step: int) -> None:
-        """Queue one batch for every subscriber; drops nothing silently (see `dropped`)."""
+    def publish(self, events: Sequence[Event], step: int, at: float | None = None) -> None:
+        """Queue one batch for every subscriber; drops nothing silently (see `dropped`).
+
+        :param at: when it happened, in seconds since the epoch; by default now.
+        """
         if not self.is_active:
             return
         batch_events = list(events)
@@ -313,7 +316,7 @@ class EventBus:
             batch_events.append(self._notes.popleft())
         if not batch_events:
             return
-        batch = EventBatch(self._seq, step, time.time(), batch_events)
+        batch = EventBatch(self._seq, step, time.time() if at is None else at, batch_events)
         self._seq += 1
         for subscriber in self._subscribers:
             if subscriber.is_active:

@@ -7,6 +7,7 @@ one of the records below, decoded into its type; nothing that could run code eve
 from __future__ import annotations
 
 import struct
+import time
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -64,6 +65,8 @@ class Published(msgspec.Struct, tag=True):
 
     events: list[AnyEvent]
     step: int
+    time: float
+    """Seconds since the epoch, when the step ended."""
 
 
 ToEngine = Start | Wanted | Stop | Submit | Finish
@@ -143,7 +146,7 @@ class RelayBus:
         notes, self._notes = self._notes, []
         wanted = [event for event in (*events, *notes) if isinstance(event, self._types)]
         if wanted:
-            self._send(Published(cast("list[AnyEvent]", wanted), step))
+            self._send(Published(cast("list[AnyEvent]", wanted), step, time.time()))
 
     def note(self, event: Event) -> None:
         """Add an event that travels with the next batch."""

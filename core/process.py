@@ -213,6 +213,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._unsent = bytearray()
         self._has_unsent = anyio.Event()
+        self._is_loaded = False
         self._is_failure_known = False
         self._is_stopping = False
 
@@ -238,7 +239,10 @@ class EngineProcess:
 
     def send(self, message: ToEngine) -> None:
         """Send a message; never blocks: what the socket does not take at once follows later."""
-        self._is_stopping |= isinstance(message, Stop)
+        if isinstance(message, Stop):
+            self._is_stopping = True
+            if not self._is_loaded and self._process is not None:
+                self._process.kill()  # there is nothing to bring to an end yet
         data = encode(message)
         if not self._unsent:
             data = data[self._send_some(data) :]
@@ -280,6 +284,7 @@ class EngineProcess:
             if not data:
                 return
             messages = list(framer.feed(data))
+            self._is_loaded |= any(isinstance(message, Ready) for message in messages)
             self._is_failure_known |= any(isinstance(message, Failed) for message in messages)
             if messages:
                 deliver(messages)

@@ -64,7 +64,7 @@ FROM_ENGINE = [
         {"r": TokenLogprobs(1, -0.5, 1, [1, 2], [-0.5, float("-inf")])},
         {"s": PromptLogprobs(1, [TokenLogprobs(1, -0.5, 1, [], [])])},
     ),
-    Published([RequestQueued("r", 3), StepCompleted(1, 2, 1, 1, 0, 0.5, 0.01, ["r"], [7])], 1),
+    Published([RequestQueued("r", 3), StepCompleted(1, 2, 1, 1, 0, 0.5, 0.01, ["r"], [7])], 1, 2.5),
 ]
 
 
@@ -118,7 +118,8 @@ def test_the_relay_sends_what_is_wanted_and_notes_with_the_next_batch():
     bus.note(finished)
     bus.publish([queued, step], 3)
     bus.publish([step], 4)
-    assert sent == [Published([queued, finished], 3)]
+    [published] = sent
+    assert (published.events, published.step) == ([queued, finished], 3)
 
 
 def test_a_relay_for_nobody_is_inactive():

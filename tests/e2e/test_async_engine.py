@@ -46,7 +46,7 @@ async def engine(path: Path) -> AsyncIterator[Engine]:
 
 async def wait_until_idle(engine: Engine) -> None:
     with anyio.fail_after(5):
-        while engine.core.scheduler.has_work or engine.core.kv_cache.stats().num_used:  # noqa: ASYNC110
+        while engine.core.scheduler.has_work or engine.core.kv_cache.stats().num_used:
             await anyio.sleep(0.002)
 
 

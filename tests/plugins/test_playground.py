@@ -219,7 +219,7 @@ class Events:
         return self
 
     async def __anext__(self):
-        while not self.batches:  # noqa: ASYNC110  other threads publish
+        while not self.batches:
             await anyio.sleep(0.005)
         return self.batches.popleft()
 
@@ -372,7 +372,7 @@ class Viewer:
 
     async def until(self, condition):
         with anyio.fail_after(5):
-            while not condition(self):  # noqa: ASYNC110  any condition
+            while not condition(self):
                 await anyio.sleep(0.01)
 
 

@@ -135,11 +135,6 @@ class Metrics:
                 {name: histogram.copy() for name, histogram in self._histograms.items()},
             )
 
-    @property
-    def num_open(self) -> int:
-        """Sequences that are remembered."""
-        return len(self._open)
-
     def _take(self, event: Event, ended: dict[str, _Sequence]) -> None:
         match event:
             case RequestQueued():

@@ -67,7 +67,14 @@ class _RefusedError(Exception):
 
 
 class Exchange(RequestResponseCycle):
-    """A request and its response."""
+    """A request and its response.
+
+    :param close: closes the connection.
+    """
+
+    def __init__(self, close: Callable[[], None], **request: Any) -> None:
+        super().__init__(**request)
+        self._close = close
 
     async def run_asgi(self, app: ASGI3Application) -> None:
         """Let the application answer; a response that it does not finish is cut off, not ended."""
@@ -78,7 +85,7 @@ class Exchange(RequestResponseCycle):
         if self.response_complete or self.disconnected:
             return
         if self.response_started:
-            self.transport.close()
+            self._close()
         else:
             await self.send_500_response()
 
@@ -132,7 +139,7 @@ class Connection(HttpToolsProtocol):
         """Bytes that the parser took since it last told of anything."""
         self._refusal = (400, "this is not a valid HTTP/1.1 request")
         self._is_refused = False
-        self._receive_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self.parser = _make_parser(self)
 
@@ -142,7 +149,7 @@ class Connection(HttpToolsProtocol):
         """Start the timer for the first request."""
         super().connection_made(transport)
         if self.server_state.is_stopping:
-            transport.close()
+            self._close()
         self._ensure_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -151,12 +158,17 @@ class Connection(HttpToolsProtocol):
             exchange.leave()
         self._exchanges.clear()
         self.pipeline.clear()
-        self._stop_receive_timer()
+        self._stop_timer()
         self.resume_writing()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         if not self.connections:
             self.server_state.all_closed.set()
+
+    def eof_received(self) -> None:
+        """End open requests: whoever closes its side is gone, and half-closed looks the same."""
+        if self._exchanges:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """Make `send` wait, but not for ever."""
@@ -215,7 +227,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._phase = _Phase.HEAD
         self._num_head_bytes = self._num_headers = self._num_silent_bytes = 0
-        self._stop_receive_timer()
+        self._stop_timer()
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the target."""
@@ -238,7 +250,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # `_feed` starts over
         self._phase = _Phase.BODY
-        self._stop_receive_timer()
+        self._stop_timer()
         if len(self._exchanges) >= MAX_PIPELINED:
             self._raise(400, f"more than {MAX_PIPELINED} requests were sent ahead of their answers")
         self._complete_scope()
@@ -263,6 +275,7 @@ class Connection(HttpToolsProtocol):
 
     def _make_exchange(self) -> Exchange:
         return Exchange(
+            self._close,
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -294,8 +307,9 @@ class Connection(HttpToolsProtocol):
         """Go on with the request that waits, if any."""
         self._exchanges.popleft()
         super().on_response_complete()
-        if self.server_state.is_stopping and not self._exchanges:
-            self.transport.close()
+        is_last = self.server_state.is_stopping and not self._exchanges
+        if is_last or self.transport.is_closing():
+            self._close()
 
     # --- limits ---
 
@@ -319,20 +333,21 @@ class Connection(HttpToolsProtocol):
             return
         running = self._exchanges[0] if self._exchanges else None
         if len(self._exchanges) > 1 or (running is not None and running.response_started):
-            self.transport.close()
+            self.transport.abort()
             return
         if running is not None:
             running.leave()
+            self._exchanges.clear()
         self._is_refused = True
         self.transport.write(_make_refusal(status, message))
         self.transport.write_eof()
-        self._start_receive_timer(LINGER_SECONDS, self.transport.abort)
+        self._start_timer(LINGER_SECONDS, self.transport.abort)
 
     def _ensure_timer(self) -> None:
         """Start the timer for a head, unless something else ends this connection in time."""
-        has_timer = self._receive_timer is not None or self.timeout_keep_alive_task is not None
+        has_timer = self._timer is not None or self.timeout_keep_alive_task is not None
         if not (has_timer or self._exchanges):
-            self._start_receive_timer(self._settings.header_timeout, self._time_out)
+            self._start_timer(self._settings.header_timeout, self._time_out)
 
     def _time_out(self) -> None:
         seconds, knob = self._settings.header_timeout, "--set server.http.header_timeout"
@@ -340,16 +355,25 @@ class Connection(HttpToolsProtocol):
             message = f"request line and headers took longer than {seconds} s, the limit of {knob}"
             self._refuse(408, message)
         else:
-            self.transport.close()
+            self._close()
 
-    def _start_receive_timer(self, seconds: float, callback: Callable[[], None]) -> None:
-        self._stop_receive_timer()
-        self._receive_timer = self.loop.call_later(seconds, callback)
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection on which no further request has come."""
+        self._close()
 
-    def _stop_receive_timer(self) -> None:
-        if self._receive_timer is not None:
-            self._receive_timer.cancel()
-            self._receive_timer = None
+    def _close(self) -> None:
+        """Close once all is sent, which may take a slow reader only so long."""
+        self.transport.close()
+        self._start_timer(self._settings.send_timeout, self.transport.abort)
+
+    def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 def _make_parser(protocol: Connection) -> Any:

@@ -173,6 +173,12 @@ def test_prompt_logprobs_come_with_each_prompt(client):
         assert str(token_id) in second
 
 
+def test_tokens_around_the_text_that_is_shown_lie_at_its_ends(tokenizers):
+    writer = CompletionLogprobsWriter(TokenSpelling(tokenizers["byte-level"]))
+    shaped = writer.write_prompt([BOS_ID, 30, 31, EOS_ID, EOS_ID], [None] * 5, "89")
+    assert shaped.text_offset == [0, 0, 1, 2, 2]
+
+
 def test_minus_infinity_is_written_as_a_number(tokenizers):
     writer = CompletionLogprobsWriter(TokenSpelling(tokenizers["byte-level"]))
     shaped = writer.write([30], [{30: Logprob(-math.inf, 400, "A"), 31: Logprob(-0.5, 1, "B")}])
