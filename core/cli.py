@@ -212,7 +212,7 @@ def make_app() -> App:
         default_parameter=Parameter(negative=()),
     )
     app.command(serve, alias="run")
-    app.command("core.chat:chat", name="chat")
+    app.command("core.chat:chat", name="chat", help="Talk to a model that a server serves.")
     app.command(plan)
     plugins = App(name="plugins", help="See what is installed and whether it works.")
     for command, name in ((plugins_list, "list"), (plugins_show, "show"), (plugins_check, "check")):

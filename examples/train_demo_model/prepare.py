@@ -139,33 +139,38 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[NDArray[
             yield np.array([BOS_ID, *encoding.ids, EOS_ID], np.uint16)
 
 
-def write_streams(tokenizer: Tokenizer, documents: list[Document], out: Path) -> dict[str, Any]:
-    """Write the training and the held-out stream; return their sizes for each kind."""
+def write_streams(
+    tokenizer: Tokenizer, documents: list[Document], out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Write the training and the held-out stream; return the sizes of each kind.
+
+    The held-out stream has one kind after another, in the order of the list.
+    """
     train = [document for document in documents if not document.is_held_out]
     pieces = list(encode(tokenizer, train))
     write_tokens(out / TRAIN, np.concatenate(pieces))
-    sizes: dict[str, Any] = {"train": _sizes(train, pieces), "heldout": {}}
+    sizes: dict[str, list[dict[str, Any]]] = {"train": _sizes(train, pieces), "heldout": []}
     streams = []
     for kind in KINDS:
         chosen = [d for d in documents if d.is_held_out and d.kind == kind]
         pieces = list(encode(tokenizer, chosen))
         streams += pieces
-        sizes["heldout"] |= _sizes(chosen, pieces)
+        sizes["heldout"] += _sizes(chosen, pieces)
     write_tokens(out / HELD_OUT, np.concatenate(streams) if streams else np.zeros(0, np.uint16))
     return sizes
 
 
-def _sizes(documents: list[Document], pieces: list[NDArray[np.uint16]]) -> dict[str, dict[str, int]]:
+def _sizes(documents: list[Document], pieces: list[NDArray[np.uint16]]) -> list[dict[str, Any]]:
     num_bytes: Counter[str] = Counter()
     num_tokens: Counter[str] = Counter()
     for document, piece in zip(documents, pieces, strict=True):
         num_bytes[document.kind] += len(document.text.encode())
         num_tokens[document.kind] += len(piece)
-    return {
-        kind: {"num_tokens": num_tokens[kind], "num_bytes": num_bytes[kind]}
+    return [
+        {"kind": kind, "num_tokens": num_tokens[kind], "num_bytes": num_bytes[kind]}
         for kind in KINDS
         if num_tokens[kind]
-    }
+    ]
 
 
 def describe_sources(sources: Iterable[Source], documents: list[Document]) -> list[dict[str, Any]]:

@@ -37,4 +37,4 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as people like to read it."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -173,21 +173,21 @@ def evaluate(model: Llama, tokens: Tensor, args: argparse.Namespace) -> tuple[fl
 
 
 def evaluate_parts(
-    model: Llama, tokens: Tensor, parts: dict[str, dict[str, int]], args: argparse.Namespace
+    model: Llama, tokens: Tensor, parts: list[dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Measure each kind of held-out text, and all of them together.
 
-    :param parts: for each kind in the order of the stream, `num_tokens` and `num_bytes`.
+    :param parts: `kind`, `num_tokens` and `num_bytes`, in the order of the stream.
     """
     results, sums, offset = {}, [0.0, 0.0, 0.0], 0
-    for kind, part in parts.items():
+    for part in parts:
         stream = tokens[offset : offset + part["num_tokens"]]
         offset += part["num_tokens"]
         if len(stream) < 2:
             continue
         nats, count = evaluate(model, stream, args)
         num_bytes = part["num_bytes"] * count / part["num_tokens"]  # the last piece is left out
-        results[kind] = summarize(nats, count, num_bytes)
+        results[part["kind"]] = summarize(nats, count, num_bytes)
         sums = [a + b for a, b in zip(sums, (nats, count, num_bytes), strict=True)]
     return results | {"all": summarize(*sums)}
 

@@ -96,7 +96,7 @@ def test_streams_are_documents_between_their_marks(modules, prepared):
     manifest = modules.storage.read_manifest(prepared)
     for name, part in ((modules.storage.TRAIN, "train"), (modules.storage.HELD_OUT, "heldout")):
         ids = modules.storage.read_tokens(prepared / name)
-        assert len(ids) == sum(kind["num_tokens"] for kind in manifest[part].values())
+        assert len(ids) == sum(kind["num_tokens"] for kind in manifest[part])
         assert ids.max() < manifest["vocab_size"]
         if len(ids):
             is_end = ids == modules.vocab.EOS_ID
@@ -105,18 +105,41 @@ def test_streams_are_documents_between_their_marks(modules, prepared):
             assert (ids[1:][is_end[:-1]] == modules.vocab.BOS_ID).all()
 
 
+def test_held_out_texts_are_measured_under_their_own_kind(modules, tmp_path):
+    def make(kind):
+        candidates = (
+            modules.corpus.Document(kind, "x", str(i), f"{kind} number {i}") for i in range(9999)
+        )
+        return next(document for document in candidates if document.is_held_out)
+
+    documents = [make(kind) for kind in ("chat", "code", "docs", "code")]
+    trained_on = modules.corpus.Document("docs", "x", "y", "something to train on")
+    assert not trained_on.is_held_out
+    tokenizer = modules.vocab.train_tokenizer(iter([d.text for d in documents]), 300)
+    sizes = modules.prepare.write_streams(tokenizer, [*documents, trained_on], tmp_path)
+    modules.storage.write_json(tmp_path / "sizes.json", sizes)
+    ids = modules.storage.read_tokens(tmp_path / modules.storage.HELD_OUT).tolist()
+    offset = 0
+    for part in json.loads((tmp_path / "sizes.json").read_text())["heldout"]:
+        text = tokenizer.decode(ids[offset : (offset := offset + part["num_tokens"])])
+        assert text == "".join(d.text for d in documents if d.kind == part["kind"])
+        assert len(text.encode()) == part["num_bytes"]
+    assert offset == len(ids)
+
+
 def test_loss_falls_below_that_of_guessing(trained, prepared, modules):
     result = json.loads((trained / "result.json").read_text())
+    parts = modules.storage.read_manifest(prepared)["heldout"]
     assert result["num_steps"] > 5
     assert result["heldout"]["all"]["loss"] < 0.9 * torch.log(torch.tensor(384.0)).item()
-    assert set(result["heldout"]) == {*modules.storage.read_manifest(prepared)["heldout"], "all"}
+    assert list(result["heldout"]) == [*(part["kind"] for part in parts), "all"]
 
 
 def test_transformers_computes_the_loss_that_was_measured(finished, trained, prepared, modules):
     model = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32)
     ids = torch.from_numpy(modules.storage.read_tokens(prepared / modules.storage.HELD_OUT))
     total, count, offset = 0.0, 0, 0
-    for part in modules.storage.read_manifest(prepared)["heldout"].values():
+    for part in modules.storage.read_manifest(prepared)["heldout"]:
         stream = ids[offset : (offset := offset + part["num_tokens"])]
         for start in range(0, max(len(stream) - LENGTH, 1), LENGTH):
             window = stream[None, start : start + LENGTH + 1].long()

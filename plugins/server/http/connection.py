@@ -285,9 +285,7 @@ class Connection(HttpToolsProtocol):
             default_headers=_date_headers(int(time())),
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=self.scope["http_version"] != "1.0"
-            and self.parser.should_keep_alive()
-            and not self.server_state.is_stopping,
+            keep_alive=self.scope["http_version"] != "1.0" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
 
@@ -307,8 +305,7 @@ class Connection(HttpToolsProtocol):
         """Go on with the request that waits, if any."""
         self._exchanges.popleft()
         super().on_response_complete()
-        is_last = self.server_state.is_stopping and not self._exchanges
-        if is_last or self.transport.is_closing():
+        if self.transport.is_closing():
             self._close()
 
     # --- limits ---
