@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pydantic
@@ -334,6 +335,9 @@ class _Draft:
         self._choose_attention()
         for kind in ("scheduler", "kv_cache", "executor", "sampler"):
             self._choose_named(kind, getattr(self.config, kind))
+        template = self.config.chat_template
+        if template is not None and not Path(template).is_file():
+            self.objections.append(f"--chat-template {template}: there is no such file")
         if self.registry.all("server"):
             self._choose_named("server", self.config.server)
         if self.objections:  # the rest of the plan needs every part

@@ -217,10 +217,10 @@ class EngineConfig(BaseModel):
         "Model", "Seed of requests that bring none, and of dummy weights.", 0
     )
     max_n: Annotated[int, Field(ge=1, le=128), _NUMBER] = _field(
-        "Model", "Most completions (n) that a request may ask for.", 128
+        "Server", "Most completions (n) that a request may ask for.", 128
     )
     max_logprobs: Annotated[int, Field(ge=0, le=20), _NUMBER] = _field(
-        "Model", "Most alternatives per token (logprobs) that a request may ask for.", 20
+        "Server", "Most alternatives per token (logprobs) that a request may ask for.", 20
     )
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), _NUMBER] = _field(
@@ -314,6 +314,8 @@ class EngineConfig(BaseModel):
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _WORD] = _field(
         "Logging", "Least severe messages to show.", "info"
     )
+    enable_log_requests: bool = _field("Logging", "Log a line for each request that ends.", False)
+    disable_log_stats: bool = _field("Logging", "Log no lines of statistics.", False)
     log_format: Annotated[Literal["auto", "pretty", "json"], _WORD] = _field(
         "Logging", "auto: pretty on a terminal, one JSON object a line elsewhere.", "auto"
     )

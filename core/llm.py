@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core.assemble import Assembly, build_engine, resolve
 from core.config import load_config
-from core.errors import InvalidRequestError
+from core.errors import ConfigError, InvalidRequestError
 from core.journal import Journal
 from core.outputs import OutputKind, RequestOutput
 from core.request import SamplingParams
@@ -196,11 +197,24 @@ def make_journal(assembly: Assembly, num_kv_blocks: int) -> Journal:
     tokenizer = load_tokenizer(plan.config.tokenizer or plan.model_path, revision=revision)
     if tokenizer is not None:
         eos = tokenizer.eos_token_ids
+        if plan.config.chat_template is not None:
+            tokenizer.hf.chat_template = read_chat_template(plan.config.chat_template)
     else:
         eos = load_generation_defaults(plan.model_path, revision=revision).get("eos_token_ids", ())
     return Journal(
         plan.limits(num_kv_blocks), tokenizer, eos_token_ids=list(eos), seed=plan.config.seed
     )
+
+
+def read_chat_template(file: str) -> str:
+    """Read a chat template.
+
+    :raises ConfigError: the file cannot be read as text.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template = {file}: cannot be read: {error}") from error
 
 
 def load_sampling_defaults(assembly: Assembly) -> dict[str, Any]:

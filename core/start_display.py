@@ -66,7 +66,7 @@ class StartDisplay:
     def say(self, text: str) -> None:
         """Write one line."""
         if not self._is_quiet:
-            self._console.print(text)
+            self._console.print(text, soft_wrap=True)
 
     def show_plugins(self, service: Service) -> None:
         """Say what is about to be served, and which plugins are active and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,9 @@ def loglikelihoods(model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for context, target in SAMPLES:
-        start = len(tokenizer.encode(context))
-        ids = torch.tensor([tokenizer.encode(context + target)])
+        encode = partial(tokenizer.encode, add_special_tokens=False)  # as lm-eval does
+        start = len(encode(context))
+        ids = torch.tensor([encode(context + target)])
         with torch.inference_mode():
             logprobs = network(ids).logits.log_softmax(-1)[0, start - 1 : -1]
         wanted = ids[0, start:]

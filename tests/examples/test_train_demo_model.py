@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,10 +225,14 @@ def test_downloads_in_the_cache_are_found(modules, tmp_path, distribution, archi
     folder = tmp_path / distribution[0]
     folder.mkdir()
     (folder / archive).touch()
-    (folder / archive.replace("1", "9").replace("-", "-extra-", 1)).touch()
     source = modules.fetch.Source(*distribution, "MIT")
     [found] = modules.fetch.fetch_all([source], tmp_path)
     assert (found.path, found.version) == (folder / archive, version)
+
+
+def test_a_download_of_a_longer_name_is_another(modules, tmp_path):
+    (tmp_path / "django_extensions-1.0.tar.gz").touch()
+    assert modules.fetch._find(modules.fetch.Source("sdist", "django", "BSD"), tmp_path) is None
 
 
 def test_archives_are_read_without_being_unpacked(modules, tmp_path):
@@ -329,6 +335,9 @@ def count_words(text, lower=True):
     words = text.lower().split() if lower else text.split()
     return len(words)
 
+def _secret():
+    """Do what nobody asks about."""
+
 class Box:
     """A box that holds things."""
 
@@ -349,6 +358,7 @@ def test_docstrings_become_questions(modules):
     assert "count the words of a text" in questions
     assert "```python\ndef count_words(text, lower=True):" in answers
     assert "_hidden" not in questions + answers
+    assert "_secret" not in questions + answers
     assert pairs == modules.mining.mine(
         modules.corpus.Document("code", "x", "pkg-1.0/src/pkg/tools.py", CODE)
     )
@@ -419,6 +429,36 @@ def test_a_pass_reads_no_window_twice_and_none_outside(modules, num_tokens, leng
     inputs, targets = modules.windows.make_windows(tokens, starts, length)
     assert (inputs + 1 == targets).all()
     assert targets.max() < num_tokens
+
+
+def test_passes_cut_the_stream_at_different_places(modules):
+    drawn = modules.windows.draw_starts(300, 16, 17, torch.Generator().manual_seed(0))
+    shifts = [next(drawn).remainder(16).unique().tolist() for _ in range(8)]
+    assert all(len(shift) == 1 for shift in shifts)
+    assert len({shift[0] for shift in shifts}) > 1
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), length=st.integers(1, 12))
+def test_every_part_is_measured_by_its_own_tokens(modules, sizes, length):
+    class Fake:
+        def losses(self, ids, targets):
+            assert (ids == targets).all()  # no window may cross from one part into the next
+            return targets.flatten().float()
+
+    tokens = torch.repeat_interleave(torch.arange(len(sizes)) + 1, torch.tensor(sizes))
+    parts = [{"kind": str(i + 1), "num_tokens": n, "num_bytes": 3 * n} for i, n in enumerate(sizes)]
+    args = SimpleNamespace(length=length, batch=2, device="cpu")
+    if max(sizes) < 2:
+        return
+    result = modules.train.evaluate_parts(Fake(), tokens, parts, args)
+    assert set(result) == {str(i + 1) for i, n in enumerate(sizes) if n > 1} | {"all"}
+    for kind, part in result.items():
+        if kind != "all":
+            num_windows = max((sizes[int(kind) - 1] - 1) // length, 1)
+            assert part["loss"] == int(kind)
+            assert part["num_tokens"] == num_windows * min(length, sizes[int(kind) - 1] - 1)
+            assert part["bits_per_byte"] == pytest.approx(int(kind) / math.log(2) / 3)
+    assert result["all"]["num_tokens"] == sum(p["num_tokens"] for k, p in result.items() if k != "all")
 
 
 def test_learning_rate_rises_falls_and_ends_at_nothing(modules):

@@ -28,8 +28,20 @@ from core.pluginhost import PluginHost, Selected
 from plugins.observe import log as plugin
 
 
-def make_plan(**settings):
-    return SimpleNamespace(settings={"observe.log": plugin.LogSettings(**settings)})
+def make_plan(*, enable_log_requests=False, disable_log_stats=False, **settings):
+    flags = {"enable_log_requests": enable_log_requests, "disable_log_stats": disable_log_stats}
+    return SimpleNamespace(
+        settings={"observe.log": plugin.LogSettings(**settings)}, config=SimpleNamespace(**flags)
+    )
+
+
+def test_flags_stand_for_settings():
+    def types(**settings):
+        [subscription] = plugin.core_subscribe(make_plan(**settings))
+        return subscription.types
+
+    assert types(enable_log_requests=True) == types(requests=True) != types()
+    assert types(disable_log_stats=True) == types(interval=0.0) != types()
 
 
 def finished(reason="stop", error=""):

@@ -836,11 +836,11 @@ async def test_an_error_midway_is_logged_once_and_cuts_the_answer_off():
 
         return StreamingResponse(parts())
 
+    server = make_server(make_route("/", fail))
     with capture_logs() as lines:
-        async with serving(make_server(make_route("/", fail))) as (port, _):
-            async with await connect(port) as stream:
-                await stream.send(GET % (b"/", b""))
-                assert (await read_all(stream)).endswith(b"\r\n4\r\nhalf\r\n")
+        async with serving(server) as (port, _), await connect(port) as stream:
+            await stream.send(GET % (b"/", b""))
+            assert (await read_all(stream)).endswith(b"\r\n4\r\nhalf\r\n")
     assert [line["event"] for line in lines] == ["request failed"]
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from core.assemble import Plan
+    from core.config import EngineConfig
     from core.events import Event, EventBatch
 
 core_api = "1.0"
@@ -188,6 +189,14 @@ def _fields(event: Event) -> dict[str, Any]:
     }
 
 
+def combine(settings: LogSettings, config: EngineConfig) -> LogSettings:
+    """Add what the flags `--enable-log-requests` and `--disable-log-stats` say."""
+    return LogSettings(
+        interval=0.0 if config.disable_log_stats else settings.interval,
+        requests=settings.requests or config.enable_log_requests,
+    )
+
+
 # --- hooks -----------------------------------------------------------------------------------------
 
 
@@ -208,7 +217,7 @@ def core_check_plan(plan: Plan) -> Iterator[str]:
 @hookimpl
 def core_subscribe(plan: Plan) -> list[Subscription]:
     """Subscribe to no more than the settings need: an unwanted event is never built."""
-    settings: LogSettings = plan.settings[NAME]
+    settings = combine(plan.settings[NAME], plan.config)
     types: list[type[Event]] = [*LINES, RequestFinished]
     if settings.interval:
         types.append(StepCompleted)

@@ -26,7 +26,7 @@ from plugins.server.http.openapi import merge_openapi
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Iterable, Mapping, Sequence
 
     import anyio
     from starlette.requests import Request
@@ -88,9 +88,9 @@ class HttpServer:
         """
         await serve(self.app, sock, self._settings, stop=stop, grace=grace)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _route(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         scope["app"] = self  # makes the router raise where it would answer with plain text
-        await self._router(scope, receive, send)
+        return self._router(scope, receive, send)
 
 
 def _guard(

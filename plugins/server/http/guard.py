@@ -1,7 +1,8 @@
 """What every request passes before it reaches a route, outermost first; one class each, pure ASGI.
 
 A guard refuses by raising Starlette's `HTTPException`, which `ErrorAnswers` turns into a response.
-Guards that see every part of a stream add a plain function call to it, never another coroutine.
+All but that one are plain functions that return the awaitable of what they guard: every coroutine
+that a stream is nested in is resumed for every token, and touched memory costs more than calls do.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class RequestId:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request.
 
         :raises NotImplementedError: this is no HTTP request.
@@ -59,7 +60,7 @@ class RequestId:
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             return send(message)
 
-        await self._app(scope, receive, send_with_id)
+        return self._app(scope, receive, send_with_id)
 
 
 class RootPath:
@@ -69,12 +70,12 @@ class RootPath:
         self._app = app
         self._prefix = root_path
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request."""
         path: str = scope["path"]
         if self._prefix and path.startswith(f"{self._prefix}/"):
             scope["path"] = path.removeprefix(self._prefix)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 class ErrorAnswers:
@@ -109,14 +110,14 @@ class HostCheck:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request."""
         hosts = list(values_of(scope, b"host"))
         if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
             _refuse(400, f"the request has {len(hosts)} Host headers, but must have one")
         if hosts and not is_host(hosts[0]):
             _refuse(400, "the Host header of the request names no host")
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 class ApiKeyCheck:
@@ -133,13 +134,13 @@ class ApiKeyCheck:
         self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
         self._open_paths = open_paths
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request."""
         if self._digests and scope["path"] not in self._open_paths:
             sent = list(credentials_of(scope))
             if not any([self._is_known(key) for key in sent]):  # noqa: C419  all, in constant time
                 self._refuse(has_key=bool(sent))
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _is_known(self, key: bytes) -> bool:
         digest = hashlib.sha256(key).digest()
@@ -163,7 +164,7 @@ class BodyLimit:
         self._max_bytes = max_bytes
         self._timeout = timeout
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request."""
         for length in values_of(scope, b"content-length"):
             self._check(int(length) if length.isdigit() else 0)  # the parser knows what is a length
@@ -180,7 +181,7 @@ class BodyLimit:
             self._check(num_bytes)
             return message
 
-        await self._app(scope, receive_checked, send)
+        return self._app(scope, receive_checked, send)
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core.testing.tokenizers import ASSISTANT_ID, BOS_ID, END_ID, EOS_ID, USER_ID
+from plugins.frontend.openai.prompts import MAX_VALUES, SLICE, _any_of, _texts
 from plugins.frontend.openai.types import ChatAnswer
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("ab", max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3)
+    ),
+).map(lambda value: [value])
 
 
 def _params(client):
@@ -247,6 +259,52 @@ def test_nor_does_anything_else_that_the_template_sees(client, fields, param):
     reply = client.chat(**fields)
     assert reply.status == 400
     assert reply.error["param"].startswith(param)
+
+
+@given(
+    words=st.lists(st.text("<|>ab", min_size=1, max_size=5), max_size=6),
+    text=st.text("<|>ab", max_size=12),
+)
+def test_any_word_is_found(words, text):
+    match = re.search(_any_of(words), text) if words else None
+    assert (match is not None) == any(word in text for word in words)
+    assert match is None or match[0] in words
+
+
+@given(value=JSON)
+def test_every_text_is_looked_at(value):
+    def walk(item, place):
+        if isinstance(item, str):
+            yield place, item
+        elif isinstance(item, dict):
+            for key, inner in item.items():
+                yield (*place, key), key
+                yield from walk(inner, (*place, key))
+        elif isinstance(item, list):
+            for index, inner in enumerate(item):
+                yield from walk(inner, (*place, index))
+
+    found = [(tuple(way), text) for way, text in _texts(value)]
+    assert [entry for entry in found if entry[1]] == [entry for entry in walk(value, ()) if entry[1]]
+
+
+@pytest.mark.parametrize("offset", [-5, -4, -1, 0, 1])
+def test_a_control_token_is_found_wherever_a_long_text_is_cut(client, offset):
+    assert (
+        client.chat("x" * (SLICE + offset) + "<eos>" + "y" * 10).error["param"] == "messages[0].content"
+    )
+
+
+def test_a_conversation_may_be_as_deep_as_a_body(client):
+    value = []
+    for _ in range(400):
+        value = [value]
+    assert client.chat(documents=[{"deep": value}]).status == 200
+
+
+def test_what_a_template_sees_is_bounded(client):
+    reply = client.chat(documents=[{"numbers": [1] * MAX_VALUES}])
+    assert (reply.status, reply.error["param"]) == (400, "documents")
 
 
 def test_half_a_control_token_is_just_text(client):

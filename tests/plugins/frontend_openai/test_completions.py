@@ -69,6 +69,14 @@ def test_ids_outside_of_the_vocabulary_are_refused(client, token_id, echo):
         assert (reply.status, reply.error["param"]) == (400, "prompt")
 
 
+def test_each_prompt_is_cut_at_its_start(client):
+    choices = client.complete(
+        [[30, 31, 32], [33]], truncate_prompt_tokens=2, echo=True, return_token_ids=True
+    ).json["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [[31, 32], [33]]
+    assert choices[0]["text"].startswith(client.service.tokenizer.decode([31, 32]))
+
+
 def test_special_tokens_are_parsed_and_added_as_asked(client):
     client.complete("<eos>hi")
     client.complete("<eos>hi", add_special_tokens=False)

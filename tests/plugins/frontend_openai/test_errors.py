@@ -257,6 +257,18 @@ def test_a_stream_that_fails_says_so_in_an_event(client, path, make_body):
     assert last["error"]["message"] == "its logits hold a NaN"
 
 
+def test_other_completions_of_a_request_that_fails_go_on(client):
+    script = client.service.script
+    client.service.script = lambda prompt, index, at: (
+        "broken" if (index, at) == (0, 3) else script(prompt, index, at)
+    )
+    *chunks, last = client.chat(n=2, stream=True).events
+    ends = {c["index"]: c["finish_reason"] for chunk in chunks for c in chunk["choices"]}
+    assert ends == {0: "stop", 1: None}
+    assert len([c for chunk in chunks for c in chunk["choices"] if c["index"] == 1]) > 4
+    assert last["error"]["message"] == "broken"
+
+
 def test_a_stream_that_fails_before_its_first_token_has_a_status(client, path, make_body):
     _fail_at(client, 0, "its logits hold a NaN")
     assert client(path, make_body(stream=True)).status == 500

@@ -290,6 +290,29 @@ async def test_a_connection_that_breaks_while_writing_ends_the_request(client, p
 
 
 @pytest.mark.anyio
+async def test_only_a_disconnect_means_that_the_client_has_left(client, path, make_body):
+    messages = iter(
+        [
+            {"type": "http.request", "body": json.dumps(make_body()).encode(), "more_body": True},
+            {"type": "http.request", "body": b" ", "more_body": False},
+            {"type": "http.request", "body": b"", "more_body": False},
+        ]
+    )
+    sent = []
+
+    async def receive():
+        message = next(messages, None)
+        return message or await anyio.sleep_forever()
+
+    async def send(message):
+        sent.append(message)
+
+    await client.app(client.scope("POST", path, {}, "r1"), receive, send)
+    assert sent[0]["status"] == 200
+    assert json.loads(sent[1]["body"])["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.anyio
 async def test_a_client_that_leaves_before_its_body_is_there(client, path):
     async def receive():
         return {"type": "http.disconnect"}
@@ -304,27 +327,30 @@ async def test_a_client_that_leaves_before_its_body_is_there(client, path):
 @pytest.mark.anyio
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prefix", ["", "chatcmpl-", "cmpl-"])
-async def test_a_request_can_be_cancelled_from_elsewhere(client, path, make_body, stream, prefix):
+@pytest.mark.parametrize("own_id", ["r1", "cmpl-1"])
+async def test_a_request_can_be_cancelled_from_elsewhere(client, path, stream, prefix, own_id):
     is_cancelled = False
 
     async def pause(stream):
         nonlocal is_cancelled
         if stream.position == 3 and not is_cancelled:
             is_cancelled = True
-            reply = await client.run("POST", f"/v1/requests/{prefix}r1/cancel")
+            reply = await client.run("POST", f"/v1/requests/{prefix}{own_id}/cancel")
             assert reply.json == {
-                "id": f"{prefix}r1",
+                "id": f"{prefix}{own_id}",
                 "object": "request.cancelled",
                 "cancelled": True,
             }
         await anyio.lowlevel.checkpoint()
 
     client.service.pause = pause
-    reply = await client.run("POST", path, make_body(stream=stream, **USAGE))
+    fields = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 8}
+    fields |= {"request_id": own_id, "stream": stream, **USAGE}
+    reply = await client.run("POST", path, fields)
     last = reply.events[-2] if stream else reply.json
     usage = reply.events[-1]["usage"] if stream else last["usage"]
     assert last["choices"][0]["finish_reason"] == "stop"
-    assert last["warnings"] == [CANCELLED]
+    assert last["warnings"][-1] == CANCELLED
     assert usage["completion_tokens"] == 3
 
 
