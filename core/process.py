@@ -10,6 +10,7 @@ the first message over the link.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -115,8 +116,18 @@ class EngineHost:
         if self._is_stopping:
             self.engine.close()
             return
+        freeze_heap()
         self._send(Ready(assembly.plan.digest(), self.engine.kv_cache.num_blocks))
         self.engine.run()
+
+
+def freeze_heap() -> None:
+    """Keep the garbage collector off what was made at start and stays: modules, plan, tokenizer.
+
+    Each full collection would walk through about a million objects of libraries, in the middle of a step.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _describe(error: BaseException) -> Failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 import re
 import subprocess
 import sys
@@ -67,7 +68,9 @@ def load_table(path: Path = TABLE) -> list[Source]:
 
 def standard_library() -> Source:
     """Return the running Python's own library."""
-    return Source("folder", "cpython-lib", "PSF-2.0", Path(sysconfig.get_path("stdlib")))
+    return Source(
+        "folder", f"cpython-{platform.python_version()}", "PSF-2.0", Path(sysconfig.get_path("stdlib"))
+    )
 
 
 def fetch_all(sources: list[Source], cache: Path) -> list[Source]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from core.errors import InvalidRequestError
 from plugins.frontend.openai.body import decode_body
 from plugins.frontend.openai.errors import answering
+from plugins.frontend.openai.forgery import special_texts
 from plugins.frontend.openai.prompts import (
     encode_conversation,
     encode_text,
     need_tokenizer,
-    special_texts,
 )
 from plugins.frontend.openai.reply import reply
 from plugins.frontend.openai.types import (

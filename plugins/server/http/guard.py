@@ -38,7 +38,8 @@ log = structlog.get_logger("server.http")
 class RequestId:
     """Gives each request an id, the client's if it is fit for it, and tells it in the answer.
 
-    It is at `scope["state"]["request_id"]`, which is `request.state.request_id` in a route.
+    It is at `scope["state"]["request_id"]`, which is `request.state.request_id` in a route.  Whether
+    the answer has begun is at `scope["state"]["is_answered"]`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,11 +53,13 @@ class RequestId:
         if scope["type"] != "http":
             raise NotImplementedError(f"ASGI type {scope['type']!r}: only http is served")
         request_id = choose_request_id(next(values_of(scope, b"x-request-id"), b""))
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "is_answered": False}
         header = (b"x-request-id", request_id.encode("ascii"))
 
         def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
+                state["is_answered"] = True
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             return send(message)
 
@@ -89,18 +92,12 @@ class ErrorAnswers:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        is_started = False
-
-        def send_and_note(message: Message) -> Awaitable[None]:
-            nonlocal is_started
-            is_started = True
-            return send(message)
-
         try:
-            await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive, send)
         except Exception as error:  # noqa: BLE001  the last resort
             response = _answer_error(error, scope)
-            if response is not None and not is_started:  # else the listener cuts the answer off
+            is_answered = scope["state"]["is_answered"]
+            if response is not None and not is_answered:  # else the listener cuts the answer off
                 await response(scope, receive, send)
 
 
