@@ -1,9 +1,8 @@
 """The async API: one engine, many streams.
 
 The engine runs elsewhere, in a thread or in a process (`core.process`), and never waits for anybody:
-what it gives is handed to the event loop, where each request has a stream of its own.  A stream holds
-one output; what its reader has not taken yet is joined with what follows, so a slow reader costs
-nobody else anything.
+what it gives is handed to the event loop, where each request has a stream of its own.  A stream makes
+its next output when it is read, of all that has come since, so a slow reader costs nobody anything.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from core.assemble import Assembly
     from core.config import EngineConfig
     from core.engine import EngineCore
-    from core.journal import Journal
+    from core.journal import Journal, OpenRequest
     from core.link import FromEngine
     from core.messages import Command
     from core.process import EngineLink
@@ -257,7 +256,7 @@ class Engine:
             request_id, prompt, params, kind=kind, priority=priority, cache_salt=cache_salt, text=text
         )
         self.last_submit_time = time.monotonic()
-        stream = self._streams[request_id] = OutputStream(self, kind)
+        stream = self._streams[request_id] = OutputStream(self)
         self._send(commands)
         return stream
 
@@ -330,34 +329,34 @@ class Engine:
                     self._failure = message
 
     def _take(self, batch: OutputBatch) -> None:
-        outputs, commands = self.journal.take(batch)
+        requests, commands = self.journal.take(batch)
         self._send(commands)
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
+        for request in requests:
+            stream = self._streams.get(request.request_id)
             if stream is not None:
-                stream.put(output)
-                if output.finished:
-                    del self._streams[output.request_id]
+                stream.announce(request)
+                if request.output.finished:
+                    del self._streams[request.request_id]
 
 
 class OutputStream:
-    """The outputs of one request: an async iterator that holds what its reader has not taken yet."""
+    """The outputs of one request, as an async iterator.
 
-    __slots__ = ("_changed", "_engine", "_is_closed", "_kind", "_unread")
+    Each is made when it is read, of all that is new: a slow reader gets fewer and larger ones.
+    """
 
-    def __init__(self, engine: Engine, kind: OutputKind) -> None:
+    __slots__ = ("_changed", "_engine", "_is_closed", "_unread")
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._kind = kind
-        self._unread: RequestOutput | None = None
+        self._unread: OpenRequest | None = None
         self._changed: anyio.Event | None = None
         self._is_closed = False
 
-    def put(self, output: RequestOutput) -> None:
-        """Add an output; after one that is finished the stream ends."""
-        if self._unread is not None and self._kind is OutputKind.DELTA:
-            output = self._unread.append(output)
-        self._unread = output
-        self._is_closed = output.finished
+    def announce(self, request: OpenRequest) -> None:
+        """Tell that there is something to read; when it has finished, the stream ends after that."""
+        self._unread = request
+        self._is_closed = request.output.finished
         self._wake()
 
     def close(self) -> None:
@@ -380,5 +379,5 @@ class OutputStream:
                 raise StopAsyncIteration
             self._changed = anyio.Event()
             await self._changed.wait()
-        output, self._unread = self._unread, None
-        return output
+        request, self._unread = self._unread, None
+        return request.read()

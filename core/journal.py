@@ -31,7 +31,7 @@ class _Sequence:
     """One completion of a request."""
 
     sequence_id: str
-    request: _OpenRequest
+    request: OpenRequest
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None
     num_tokens_told: int = 0
@@ -44,17 +44,34 @@ class _Sequence:
 
 
 @dataclass(slots=True)
-class _OpenRequest:
-    """A request with at least one completion that has not ended."""
+class OpenRequest:
+    """A request as its client sees it: what it has been told, and what is new."""
 
     request_id: str
     params: SamplingParams
     kind: OutputKind
     output: RequestOutput
     num_open: int
+    """Completions that have not ended."""
     arrival_time: float
     sequences: list[_Sequence] = field(default_factory=list)
-    error: str = ""
+
+    def read(self) -> RequestOutput:
+        """Take what is to be told now: of a delta stream, all that came since the last time."""
+        if self.kind is OutputKind.FINAL_ONLY:
+            return self.output
+        if self.kind is OutputKind.CUMULATIVE:
+            return self.output.snapshot()
+        deltas = []
+        for sequence in self.sequences:
+            output = sequence.output
+            num_tokens, num_chars = len(output.token_ids), len(output.text)
+            is_end = output.finish_reason is not None and not sequence.is_end_told
+            if is_end or num_tokens > sequence.num_tokens_told or num_chars > sequence.num_chars_told:
+                deltas.append(output.since(sequence.num_tokens_told, sequence.num_chars_told))
+                sequence.num_tokens_told, sequence.num_chars_told = num_tokens, num_chars
+                sequence.is_end_told |= is_end
+        return self.output.snapshot(deltas)
 
 
 class Journal:
@@ -84,7 +101,7 @@ class Journal:
         self.num_started_tokens = 0
         """Prompt tokens of all that ever had a row: how fast this grows tells how long a queue lasts."""
         self._num_submitted = 0
-        self._requests: dict[str, _OpenRequest] = {}
+        self._requests: dict[str, OpenRequest] = {}
         self._sequences: dict[str, _Sequence] = {}
 
     @property
@@ -171,7 +188,7 @@ class Journal:
         """
         request = self._requests.get(request_id)
         if request is not None:
-            request.error = request.error or error
+            request.output.error = request.output.error or error
         return [
             Finish(sequence.sequence_id, FinishReason.ABORT)
             for sequence in self._open_sequences(request_id)
@@ -206,14 +223,14 @@ class Journal:
 
     def _open(
         self, output: RequestOutput, params: SamplingParams, kind: OutputKind, ids: list[str]
-    ) -> _OpenRequest:
+    ) -> OpenRequest:
         output.outputs = [
             CompletionOutput(index=i, logprobs=None if params.logprobs is None else [])
             for i in range(params.n)
         ]
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None]
-        request = _OpenRequest(output.request_id, params, kind, output, params.n, time.monotonic())
+        request = OpenRequest(output.request_id, params, kind, output, params.n, time.monotonic())
         for sequence_id, completion in zip(ids, output.outputs, strict=True):
             detokenizer = self._make_detokenizer(params, output.prompt_token_ids)
             sequence = _Sequence(sequence_id, request, completion, detokenizer)
@@ -240,13 +257,13 @@ class Journal:
 
     # --- out ---
 
-    def take(self, batch: OutputBatch) -> tuple[list[RequestOutput], list[Command]]:
+    def take(self, batch: OutputBatch) -> tuple[list[OpenRequest], list[Command]]:
         """Take in what a step gave.
 
-        :return: what clients receive now, and the commands that end sequences whose text reached a
+        :return: the requests that have something to `read` now, and the commands that end sequences whose text reached a
             stop string.  Words about sequences that are closed already are passed over.
         """
-        touched: dict[str, _OpenRequest] = {}
+        touched: dict[str, OpenRequest] = {}
         commands: list[Command] = []
         ended = {entry.request_id: entry for entry in batch.ended}
         for sequence_id, chunk in batch.prompt_logprobs.items():
@@ -267,8 +284,8 @@ class Journal:
             if sequence is not None:
                 touched[sequence.request.request_id] = sequence.request
                 self._end(sequence, entry)
-        outputs = [output for request in touched.values() if (output := self._tell(request))]
-        return outputs, commands
+        told = [r for r in touched.values() if r.output.finished or r.kind is not OutputKind.FINAL_ONLY]
+        return told, commands
 
     def _start(self, sequence: _Sequence, num_cached: int) -> None:
         output = sequence.request.output
@@ -321,7 +338,8 @@ class Journal:
         output.finish_reason = str(ended.reason)
         explicit = sequence.request.params.stop_token_ids or ()
         output.stop_reason = ended.stop_reason if ended.stop_reason in explicit else None
-        sequence.request.error = sequence.request.error or ended.error
+        output_of_all = sequence.request.output
+        output_of_all.error = output_of_all.error or ended.error
         self._close(sequence)
 
     def _forget(self, sequence: _Sequence) -> None:
@@ -336,25 +354,6 @@ class Journal:
         if not request.num_open:
             request.output.finished = True
             del self._requests[request.request_id]
-
-    def _tell(self, request: _OpenRequest) -> RequestOutput | None:
-        request.output.error = request.error
-        if request.kind is OutputKind.FINAL_ONLY:
-            return request.output if request.output.finished else None
-        if request.kind is OutputKind.CUMULATIVE:
-            return request.output.snapshot()
-        return self._delta(request)
-
-    def _delta(self, request: _OpenRequest) -> RequestOutput:
-        deltas = []
-        for sequence in request.sequences:
-            output = sequence.output
-            delta = output.since(sequence.num_tokens_told, sequence.num_chars_told)
-            if delta.token_ids or delta.text or (output.finish_reason and not sequence.is_end_told):
-                deltas.append(delta)
-            sequence.num_tokens_told, sequence.num_chars_told = len(output.token_ids), len(output.text)
-            sequence.is_end_told = output.finish_reason is not None
-        return request.output.snapshot(deltas)
 
     def _logprob_dict(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         table = {entry.token_id: self._logprob(entry.token_id, entry.logprob, entry.rank)}

@@ -157,10 +157,10 @@ class LLM:
             while len(results) < len(ids):
                 self.engine.step()
                 while self._outputs:
-                    outputs, commands = self.journal.take(self._outputs.popleft())
+                    requests, commands = self.journal.take(self._outputs.popleft())
                     for command in commands:
                         self.engine.send(command)
-                    for output in outputs:
+                    for output in (request.read() for request in requests):
                         results[output.request_id] = output
                         num_tokens += sum(len(o.token_ids) for o in output.outputs)
                         elapsed = progress.tasks[0].elapsed or 1e-9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from copy import copy as shallow_copy
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,15 +57,6 @@ class CompletionOutput(msgspec.Struct):
         """Copy what is here now, so that later tokens do not show up in it."""
         return self.since(0, 0)
 
-    def append(self, newer: CompletionOutput) -> None:
-        """Add the delta that follows this one."""
-        self.text += newer.text
-        self.token_ids += newer.token_ids
-        if self.logprobs is not None and newer.logprobs is not None:
-            self.logprobs += newer.logprobs
-        self.cumulative_logprob = newer.cumulative_logprob
-        self.finish_reason, self.stop_reason = newer.finish_reason, newer.stop_reason
-
     def since(self, num_tokens: int, num_chars: int) -> CompletionOutput:
         """Copy what came after the first `num_tokens` tokens and `num_chars` characters of text."""
         return CompletionOutput(
@@ -114,17 +104,14 @@ class RequestOutput(msgspec.Struct):
         """
         if outputs is None:
             outputs = [output.snapshot() for output in self.outputs]
-        copy = shallow_copy(self)
-        copy.outputs = list(outputs)
-        return copy
-
-    def append(self, newer: RequestOutput) -> RequestOutput:
-        """Join this delta and the one that follows it, for a reader that was too slow for both."""
-        known = {output.index: output for output in self.outputs}
-        for output in newer.outputs:
-            if output.index in known:
-                known[output.index].append(output)
-            else:
-                self.outputs.append(output)
-        newer.outputs = self.outputs
-        return newer
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            self.prompt_logprobs,
+            list(outputs),
+            self.finished,
+            self.num_cached_tokens,
+            self.metrics,
+            self.error,
+        )

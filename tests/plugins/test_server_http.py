@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import anyio
 import anyio.lowlevel
+import psutil
 import pytest
 import uvicorn
 from anyio import EndOfStream, connect_tcp
@@ -34,7 +35,7 @@ from core.interfaces import Frontend, Server, missing_members
 from core.pluginhost import PluginHost, Selected
 from core.status import Phase, Status
 from plugins.server import http as plugin
-from plugins.server.http import HttpSettings
+from plugins.server.http import HttpSettings, compare
 from plugins.server.http.app import HttpServer
 from plugins.server.http.connection import MAX_PIPELINED, Connection, Connections
 from plugins.server.http.guard import (
@@ -467,7 +468,7 @@ async def test_dripping_does_not_prolong_a_head(first, drop):
         await stream.send(first)
         async with anyio.create_task_group() as group:
             group.start_soon(drip, stream, drop)
-            with anyio.fail_after(1):
+            with anyio.fail_after(5):
                 await read_all(stream)
             group.cancel_scope.cancel()
 
@@ -477,7 +478,7 @@ async def test_a_body_that_nobody_wants_does_not_keep_the_connection():
     async with serving(Recorder(), limits) as (port, _), await connect(port) as stream:
         await stream.send(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
         assert (await read_answer(stream))[0] == 200
-        with anyio.fail_after(1):
+        with anyio.fail_after(5):
             await drip(stream, b"a")
 
 
@@ -628,7 +629,7 @@ async def test_a_connection_that_comes_too_late_is_closed():
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(config, connections, LIMITS), sock=listen())
     async with await connect(server.sockets[0].getsockname()[1]) as stream:
-        with anyio.fail_after(1):
+        with anyio.fail_after(5):
             assert await read_all(stream) == b""
     server.close()
 
@@ -895,7 +896,7 @@ async def test_a_client_that_leaves_within_its_body_is_no_error():
 
 
 async def test_bodies_are_limited():
-    limits = replace(LIMITS, max_body_bytes=1000, body_timeout=0.1)
+    limits = replace(LIMITS, max_body_bytes=1000, body_timeout=0.5)
     server = make_server(make_route("/count", methods=["POST"]), limits=limits)
     post = b"POST /count HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
     async with serving(server) as (port, _):
@@ -1259,6 +1260,18 @@ def test_it_is_a_plugin():
     [entry] = plugin.core_register_servers()
     assert entry.name == "http"
     assert isinstance(entry.factory(make_service(), []), HttpServer)
+
+
+async def test_the_comparison_counts_what_it_sends(monkeypatch):
+    monkeypatch.setattr(compare, "NUM_CHUNKS", 5)
+    monkeypatch.setattr(compare, "PING_SECONDS", 0.05)
+    async with serving(compare.Steps()) as (port, _):
+        for path in (b"/stream", b"/paced"):
+            load = await compare._load(psutil.Process(), port, path, 3)
+            assert (load.num, len(load.latencies)) == (15, 3)
+        load = await compare._load(psutil.Process(), port, b"/ping", 3)
+        assert load.num == len(load.latencies) >= 3
+        assert 0 < load.latency(0.0) <= load.latency(1.0)
 
 
 def test_importing_it_is_cheap():

@@ -93,8 +93,8 @@ class Stream:
             batch.prompt_logprobs[sequence_id] = PromptLogprobs(1, entries)
 
     def _take(self, batch):
-        outputs, commands = self.service.journal.take(batch)
-        self.outputs.extend(outputs)
+        requests, commands = self.service.journal.take(batch)
+        self.outputs.extend(request.read() for request in requests)
         ended = {entry.request_id for entry in batch.ended}
         ended |= {command.request_id for command in commands if isinstance(command, Finish)}
         self.open = {key: value for key, value in self.open.items() if key not in ended}
