@@ -77,7 +77,15 @@ def test_types_and_readmes_travel_along():
     data = PROJECT["tool"]["setuptools"]["package-data"]
     assert (ROOT / "core" / "py.typed").exists()
     assert (ROOT / "plugins" / "py.typed").exists()
-    assert data == {"core": ["py.typed"], "plugins": ["py.typed", "**/README.md"]}
+    for package, patterns in data.items():
+        folder = ROOT / package
+        travelling = {path for pattern in patterns for path in folder.glob(pattern)}
+        files = {
+            path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
+        assert files == travelling, (
+            "a file does not travel along, or a pattern finds what is none of ours"
+        )
 
 
 def test_every_plugin_has_a_readme():
