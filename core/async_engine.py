@@ -22,6 +22,7 @@ from core.errors import CytheraError, EngineDeadError, EngineStartError
 from core.events import Event, EventBus, Subscription
 from core.link import Failed, Published, Ready, Start, Stop
 from core.llm import load_sampling_defaults, make_journal
+from core.log import configure_for_library
 from core.messages import OutputBatch
 from core.outputs import OutputKind, RequestOutput
 from core.process import EngineThread, freeze_heap
@@ -56,6 +57,7 @@ class Engine:
 
     def __init__(self, model: str, *, plugins: Sequence[str] = (), **settings: Any) -> None:
         config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
+        configure_for_library(config.log_level, config.log_format)
         self._set_up(config, EngineThread(), report_nothing, None, DEFAULT_PLUGINS)
 
     @classmethod

@@ -13,6 +13,7 @@ from core.assemble import Assembly, build_engine, resolve
 from core.config import load_config
 from core.errors import ConfigError, InvalidRequestError
 from core.journal import Journal
+from core.log import configure_for_library
 from core.outputs import OutputKind, RequestOutput
 from core.request import SamplingParams
 from core.tokenizer import load_generation_defaults, load_tokenizer
@@ -40,6 +41,7 @@ class LLM:
 
     def __init__(self, model: str, *, plugins: Sequence[str] = (), **settings: Any) -> None:
         config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
+        configure_for_library(config.log_level, config.log_format)
         self.assembly: Assembly = resolve(config)
         self._outputs: deque[OutputBatch] = deque()
         self.engine = build_engine(self.assembly, self._outputs.append)

@@ -42,6 +42,14 @@ def configure_logging(level: str = "info", format: str = "auto", stream: TextIO 
     _route_libraries(stream, max(number, LIBRARY_LEVEL), shared, renderer)
 
 
+def configure_for_library(level: str, format: str) -> None:  # noqa: A002  the setting is called so
+    """Send our messages to standard error, unless the program around us has set up structlog itself."""
+    if structlog.is_configured():
+        return
+    configure_logging(level, format)
+    _remove_library_handlers()
+
+
 class _StandardError:
     """Whatever `sys.stderr` is at the moment: it may be replaced, and the old one closed."""
 
@@ -84,10 +92,14 @@ def _route_libraries(stream: TextIO, level: int, shared: list[Processor], render
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    _remove_library_handlers()
+    logging.getLogger().addHandler(handler)
+
+
+def _remove_library_handlers() -> None:
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _LibraryHandler)]:
         root.removeHandler(old)
-    root.addHandler(handler)
 
 
 def _shared_processors(*, is_pretty: bool) -> list[Processor]:

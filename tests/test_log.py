@@ -7,7 +7,7 @@ import logging
 import pytest
 import structlog
 
-from core.log import _LibraryHandler, configure_logging
+from core.log import _LibraryHandler, configure_for_library, configure_logging
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +155,14 @@ def test_standard_error_is_looked_up_when_a_line_is_written(capsys):
     captured = capsys.readouterr()
     assert [json.loads(line)["event"] for line in captured.err.splitlines()] == ["here", "too"]
     assert captured.out == ""
+
+
+def test_a_program_that_has_set_up_structlog_keeps_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr("core.log.configure_logging", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(structlog, "is_configured", lambda: True)
+    configure_for_library("info", "auto")
+    assert calls == []
+    monkeypatch.setattr(structlog, "is_configured", lambda: False)
+    configure_for_library("debug", "json")
+    assert calls == [("debug", "json")]
