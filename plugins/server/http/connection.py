@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from uvicorn import Config
-    from uvicorn._types import ASGI3Application, ASGISendEvent
+    from uvicorn._types import ASGI3Application
 
     from plugins.server.http import HttpSettings
 
@@ -95,19 +95,6 @@ class Exchange(RequestResponseCycle):
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await self.send({"type": "http.response.start", "status": 500, "headers": headers})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def send(self, message: ASGISendEvent) -> None:
-        """Send one message; the short way for the parts of a stream, of which there are many."""
-        if (
-            self.chunked_encoding
-            and message["type"] == "http.response.body"
-            and message.get("more_body")
-            and (body := message.get("body"))
-            and not (self.flow.write_paused or self.disconnected or self.response_complete)
-        ):
-            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-        else:
-            await super().send(message)
 
     def leave(self) -> None:
         """Tell the application that its client is gone."""

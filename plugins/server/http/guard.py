@@ -1,8 +1,8 @@
 """What every request passes before it reaches a route, outermost first; one class each, pure ASGI.
 
 A guard refuses by raising Starlette's `HTTPException`, which `ErrorAnswers` turns into a response.
-All but that one are plain functions that return the awaitable of what they guard: every coroutine
-that a stream is nested in is resumed for every token, and touched memory costs more than calls do.
+All but that one are plain functions that return the awaitable of what they guard, because every
+coroutine that a stream is nested in is resumed for every token.
 """
 
 from __future__ import annotations
