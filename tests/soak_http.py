@@ -175,7 +175,7 @@ async def run(folder, seconds, num_streams):
         tasks.start_soon(server.serve, sock, stop, 5.0)
         while service.status.phase is not Phase.READY:
             await anyio.sleep(0.05)
-        await load(port, min(3.0, seconds / 2), num_streams, Tally())  # warms caches and pools
+        await load(port, min(10.0, seconds / 2), num_streams, Tally())  # warms caches and pools
         await settle(service)
         tally.queued.clear(), tally.finished.clear(), tally.refused.clear()
         before = Footprint.now()
