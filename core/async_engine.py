@@ -25,7 +25,7 @@ from core.llm import load_sampling_defaults, make_journal
 from core.log import configure_for_library
 from core.messages import OutputBatch
 from core.outputs import OutputKind, RequestOutput
-from core.process import EngineThread, freeze_heap
+from core.process import EngineThread
 from core.request import SamplingParams
 from core.status import Phase, Report, Status, report_nothing
 
@@ -157,7 +157,6 @@ class Engine:
             )
         self.journal = await to_thread.run_sync(make_journal, self.assembly, self._ready.num_kv_blocks)
         self.sampling_defaults = load_sampling_defaults(self.assembly)
-        freeze_heap()
         self._report(Status(Phase.READY))
 
     def _resolve(self) -> Assembly:

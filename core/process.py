@@ -79,10 +79,12 @@ class EngineHost:
     """Builds an engine, says how that goes, and runs it until it is told to stop.
 
     :param send: takes each message to the other side; called on the thread of `run`.
+    :param owns_process: whether the process is there for this engine only.
     """
 
-    def __init__(self, send: Callable[[FromEngine], None]) -> None:
+    def __init__(self, send: Callable[[FromEngine], None], *, owns_process: bool = False) -> None:
         self.engine: EngineCore | None = None
+        self._owns_process = owns_process
         self._send = send
         self._wanted: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self._is_stopping = False
@@ -116,7 +118,8 @@ class EngineHost:
         if self._is_stopping:
             self.engine.close()
             return
-        freeze_heap()
+        if self._owns_process:
+            freeze_heap()
         self._send(Ready(assembly.plan.digest(), self.engine.kv_cache.num_blocks))
         self.engine.run()
 
@@ -125,6 +128,7 @@ def freeze_heap() -> None:
     """Keep the garbage collector off what was made at start and stays: modules, plan, tokenizer.
 
     Each full collection would walk through about a million objects of libraries, in the middle of a step.
+    For processes that are all ours: other people's collector is their own matter.
     """
     gc.collect()
     gc.freeze()
@@ -387,7 +391,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     config = restore_config(first.config, first.origins)
     configure_logging(config.log_level, config.log_format)
-    host = EngineHost(wire.send)
+    host = EngineHost(wire.send, owns_process=True)
     for message in rest:
         host.take(message)
     threading.Thread(target=_read, args=(wire, host), name="link-reader", daemon=True).start()

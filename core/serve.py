@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from core.errors import ConfigError, CytheraError, first_cause
+from core.process import freeze_heap
 from core.service import Service
 from core.start_display import StartDisplay
 from core.status import Phase, Status
@@ -120,6 +121,7 @@ class _Serving:
 
     def _take_status(self, status: Status) -> None:
         if status.phase is Phase.READY:
+            freeze_heap()
             self._display.show_ready(self._service, self._address())
         else:
             self._display.show_status(status)

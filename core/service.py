@@ -48,6 +48,8 @@ MAX_SEQUENCES: Final = 128
 """Most sequences, prompts times completions, that one request may bring."""
 SHORT_TEXT: Final = 8192
 """Characters up to which tokenizing is not worth a thread."""
+OWN_ARGUMENTS: Final = frozenset({"self", "messages", "add_generation_prompt"})
+"""What a conversation has fields of its own for."""
 RETRY_SECONDS: Final = (1.0, 60.0)
 """Least and most that clients are told to wait."""
 NUM_RENDERERS: Final = 2
@@ -368,6 +370,11 @@ class Service:
         """
         tokenizer = self._need_tokenizer("messages")
         kwargs = dict(chat_template_kwargs or {})
+        if taken := sorted(OWN_ARGUMENTS & kwargs.keys()):
+            raise InvalidRequestError(
+                f"chat_template_kwargs: {', '.join(taken)} cannot be set there",
+                field="chat_template_kwargs",
+            )
         given = {"tools": tools, "documents": documents}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         if continue_final_message:

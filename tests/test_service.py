@@ -18,6 +18,7 @@ from core.errors import (
     ModelNotFoundError,
     NotReadyError,
     OverloadedError,
+    PlanError,
     RequestTooLargeError,
 )
 from core.events import RequestFinished, RequestRefused, StepCompleted, Subscription
@@ -297,6 +298,11 @@ async def test_a_template_that_does_not_end_is_ended(path):
         hf = service.tokenizer.hf
         hf.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
         assert await service.render_chat([{"role": "user", "content": "hi"}]) == "hi"
+        for name in ("messages", "add_generation_prompt", "self", "tokenize"):
+            with pytest.raises(InvalidRequestError, match=name):
+                await service.render_chat(
+                    [{"role": "user", "content": "hi"}], chat_template_kwargs={name: 1}
+                )
         loop = "{% for x in range(9999) %}"
         hf.chat_template = loop * 3 + "{% set y = x %}" + "{% endfor %}" * 3
         begin = time.monotonic()
@@ -366,3 +372,27 @@ async def test_a_service_that_cannot_start_says_why(path):
     assert type(caught.value).__name__ == "CapacityError"
     assert service.status.phase is Phase.FAILED
     assert "needs" in service.status.error
+
+
+async def test_the_context_length_follows_what_fits(path):
+    settings = {"max_model_len": None, "num_kv_blocks": None}
+    async with running(path, **settings) as service:
+        assert service.limits.max_model_len == 128, "the model's limit, as there is memory for it"
+        per_block = service.plan.kv_bytes_per_token * service.plan.block_size
+    async with running(path, **settings, kv_cache_memory_bytes=11 * per_block) as service:
+        assert service.limits.max_model_len == 10 * service.plan.block_size == 40
+        with service.admit("r") as admission:
+            params = SamplingParams(max_tokens=39, ignore_eos=True, temperature=0)
+            *_, last = [output async for output in admission.generate([1], params)]
+            assert last.finished
+            with pytest.raises(RequestTooLargeError, match="40"):
+                admission.generate([1] * 41, SamplingParams(max_tokens=1))
+
+
+async def test_a_chat_template_can_come_from_a_file(path, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages[0].content }}, it said")
+    async with running(path, chat_template=str(file)) as service:
+        assert await service.render_chat([{"role": "user", "content": "Hi"}]) == "Hi, it said"
+    with pytest.raises(PlanError, match="there is no such file"):
+        await make_service(path, chat_template=str(tmp_path / "absent")).run()
