@@ -25,7 +25,10 @@ from core.status import Phase, Status
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
+    from core.interfaces import Server
 
+LAST_WORDS_SECONDS: Final = 5.0
+"""How long the last answers may take to leave once the engine has ended."""
 BACKLOG: Final = 2048
 """Connections that the kernel holds before they are accepted."""
 
@@ -105,19 +108,25 @@ class _Serving:
         server = service.make_server(service.make_frontends())
         with self._display:
             self._display.show_plugins(service)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._obey_signals)
+                error = await self._serve_until_stopped(server)
+                tasks.cancel_scope.cancel()
+        if error is not None:
+            raise _with_trace_file(error)
+
+    async def _serve_until_stopped(self, server: Server) -> Exception | None:
+        """Run server and engine until both have ended; what ended the engine, if it was not told to."""
+        error = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.serve, self._sock, self._stop_server, self._config.shutdown_timeout)
             try:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(
-                        server.serve, self._sock, self._stop_server, config.shutdown_timeout
-                    )
-                    tasks.start_soon(self._obey_signals, tasks.cancel_scope)
-                    try:
-                        await service.run()
-                    finally:
-                        self._stop_server.set()
-                        tasks.cancel_scope.deadline = anyio.current_time() + 5.0
-            except BaseExceptionGroup as group:
-                raise _with_trace_file(first_cause(group)) from None
+                await self._service.run()
+            except Exception as caught:  # noqa: BLE001  clients are to hear of it before it is raised
+                error = caught
+            self._stop_server.set()
+            tasks.cancel_scope.deadline = anyio.current_time() + LAST_WORDS_SECONDS
+        return error
 
     def _take_status(self, status: Status) -> None:
         if status.phase is Phase.READY:
@@ -132,7 +141,7 @@ class _Serving:
             host = "127.0.0.1"
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def _obey_signals(self, scope: anyio.CancelScope) -> None:
+    async def _obey_signals(self) -> None:
         """Drain on the first signal, stop on the second."""
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with anyio.create_task_group() as tasks:
@@ -144,7 +153,6 @@ class _Serving:
                     else:
                         self._display.say("stopping at once")
                         self._service.stop()
-                        scope.cancel()
 
     async def _drain(self) -> None:
         grace = self._config.shutdown_timeout
@@ -157,10 +165,8 @@ class _Serving:
         self._service.stop()
 
 
-def _with_trace_file(error: BaseException) -> BaseException:
+def _with_trace_file(error: Exception) -> Exception:
     """Write the whole story to a file, and add where it is to the message."""
-    if not isinstance(error, Exception):
-        return error
     trace = getattr(error, "trace", "") or "".join(traceback.format_exception(error))
     path = Path(tempfile.gettempdir()) / f"cythera-{os.getpid()}.log"
     try:
