@@ -197,6 +197,8 @@ class ActivePlugins:
     registry: Registry
     selected: tuple[Selected, ...]
     settings: Mapping[str, Any]
+    defaults: tuple[str, ...]
+    """Those that were active unless the configuration said otherwise; other processes start the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ def start_plugins(config: EngineConfig, defaults: Sequence[str] = DEFAULT_PLUGIN
     )
     host = PluginHost.start(selected, entries)
     settings = _bind_settings(host, config)
-    return ActivePlugins(host, host.collect(), selected, settings)
+    return ActivePlugins(host, host.collect(), selected, settings, tuple(defaults))
 
 
 def resolve(config: EngineConfig, active: ActivePlugins | None = None) -> Assembly:

@@ -16,7 +16,7 @@ import anyio
 from anyio import from_thread, to_thread
 from anyio.lowlevel import current_token
 
-from core.assemble import DEFAULT_PLUGINS, ActivePlugins, resolve, start_plugins
+from core.assemble import DEFAULT_PLUGINS, ActivePlugins, resolve
 from core.config import load_config
 from core.errors import CytheraError, EngineDeadError, EngineStartError
 from core.events import Event, EventBus, Subscription
@@ -58,26 +58,24 @@ class Engine:
     def __init__(self, model: str, *, plugins: Sequence[str] = (), **settings: Any) -> None:
         config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
         configure_for_library(config.log_level, config.log_format)
-        self._set_up(config, EngineThread(), report_nothing, None, DEFAULT_PLUGINS)
+        self._set_up(config, EngineThread(), report_nothing, None)
 
     @classmethod
     def over(
         cls,
         config: EngineConfig,
         link: EngineLink,
+        active: ActivePlugins,
         *,
         report: Report = report_nothing,
-        active: ActivePlugins | None = None,
-        defaults: Sequence[str] = DEFAULT_PLUGINS,
     ) -> Self:
         """Make an engine that runs behind a link.
 
+        :param active: the plugins of this process; those of the engine's are started alike.
         :param report: hears of every phase, and of the progress in it.
-        :param active: plugins of this process that were started already.
-        :param defaults: plugins that are active unless the configuration says otherwise.
         """
         engine = cls.__new__(cls)
-        engine._set_up(config, link, report, active, defaults)  # noqa: SLF001  of this class
+        engine._set_up(config, link, report, active)  # noqa: SLF001  of this class
         return engine
 
     def _set_up(
@@ -86,7 +84,6 @@ class Engine:
         link: EngineLink,
         report: Report,
         active: ActivePlugins | None,
-        defaults: Sequence[str],
     ) -> None:
         self.config = config
         self.bus: EventBus
@@ -98,7 +95,6 @@ class Engine:
         self._link = link
         self._report = report
         self._active = active
-        self._defaults = defaults
         self.last_submit_time = time.monotonic()
         self._subscriptions: list[Subscription] = []
         self._wanted: set[type[Event]] = set()
@@ -140,8 +136,8 @@ class Engine:
             name="engine-link",
             daemon=True,
         ).start()
-        origins = self.config.origins
-        self._link.start(Start(self.config.to_dict(), origins, list(self._defaults)))
+        defaults = DEFAULT_PLUGINS if self._active is None else self._active.defaults
+        self._link.start(Start(self.config.to_dict(), self.config.origins, list(defaults)))
         self.assembly = await to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         host, plan = self.assembly.host, self.assembly.plan
         self.bus = EventBus([*host.subscribe(plan), *self._subscriptions])
@@ -160,7 +156,7 @@ class Engine:
         self._report(Status(Phase.READY))
 
     def _resolve(self) -> Assembly:
-        return resolve(self.config, self._active or start_plugins(self.config, self._defaults))
+        return resolve(self.config, self._active)
 
     def _explain_failure(self) -> BaseException:
         own = getattr(self._link, "error", None)
@@ -216,16 +212,6 @@ class Engine:
         if not isinstance(self._link, EngineThread):
             raise CytheraError("the engine runs in another process")
         return self._link.core
-
-    @property
-    def ready(self) -> Ready:
-        """What the engine said of itself when it was loaded.
-
-        :raises EngineDeadError: it is not loaded yet.
-        """
-        if self._ready is None:
-            raise EngineDeadError("the engine is not loaded yet")
-        return self._ready
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import msgspec
 from cyclopts import Parameter
 
-from core.errors import ConfigError, CytheraError
+from core.errors import EXIT_INTERRUPTED, ConfigError, CytheraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -31,7 +31,6 @@ T = TypeVar("T")
 API_KEY: Final = "CYTHERA_API_KEY"
 DEFAULT_URL: Final = "http://127.0.0.1:2242/v1"
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
-EXIT_INTERRUPTED: Final = 130
 CONNECT_TIMEOUT: Final = 5.0
 READ_TIMEOUT: Final = 600.0
 """Seconds without a byte.  Servers may be silent while they compute a long prompt."""

@@ -28,7 +28,7 @@ from core.config import (
     load_config,
     parse_assignments,
 )
-from core.errors import CytheraError, PluginConflictError
+from core.errors import EXIT_INTERRUPTED, CytheraError, PluginConflictError
 from core.hookspecs import API_VERSION, PROJECT_NAME
 from core.log import configure_logging
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 MAX_ERROR_LINES: Final = 10
 EXIT_USAGE: Final = 2
 EXIT_PLUGIN: Final = 3
-EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 TRACEBACK: Final = f"{ENV_PREFIX}TRACEBACK"
 PIPE_WIDTH: Final = 200

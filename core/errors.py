@@ -6,10 +6,14 @@ value that was refused, the limit it broke and the knob that moves the limit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+EXIT_INTERRUPTED: Final = 130
+"""The exit code of a command that Ctrl-C has ended."""
 
 
 class CytheraError(Exception):

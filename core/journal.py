@@ -260,8 +260,9 @@ class Journal:
     def take(self, batch: OutputBatch) -> tuple[list[OpenRequest], list[Command]]:
         """Take in what a step gave.
 
-        :return: the requests that have something to `read` now, and the commands that end sequences whose text reached a
-            stop string.  Words about sequences that are closed already are passed over.
+        :return: the requests that have something to `read` now, and the commands that end sequences
+            whose text reached a stop string.  Words about sequences that are closed already are passed
+            over.
         """
         touched: dict[str, OpenRequest] = {}
         commands: list[Command] = []

@@ -128,12 +128,12 @@ class LLM:
         tokenizer = self.journal.tokenizer
         if tokenizer is None:
             raise InvalidRequestError("messages: chat needs a tokenizer, but this model has none")
+        variables = dict(chat_template_kwargs or {})
+        tokenizer.check_template_variables(variables)
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [
             tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                **dict(chat_template_kwargs or {}),
+                conversation, add_generation_prompt=add_generation_prompt, **variables
             )
             for conversation in conversations
         ]

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import anyio
 from anyio import from_thread, to_thread
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from core.engine import EngineCore
 
 Deliver = Callable[[list[FromEngine]], None]
-READ_BYTES = 2**20
-EXIT_GRACE = 10.0
+READ_BYTES: Final = 2**20
+EXIT_GRACE: Final = 10.0
 """Seconds that the child gets to end after its engine has stopped."""
 
 
@@ -70,6 +70,15 @@ class EngineLink(Protocol):
 
     async def run(self, deliver: Deliver) -> None:
         """Hand over messages until the engine has ended; the last one is `Failed` if it did not stop."""
+
+
+def _gather(items: queue.SimpleQueue[Any]) -> tuple[list[Any], bool]:
+    """Wait for an item and take what else there is; the other result is whether more will follow."""
+    gathered = [items.get()]
+    while not items.empty():
+        gathered.append(items.get_nowait())
+    present = [item for item in gathered if item is not None]
+    return present, len(present) == len(gathered)
 
 
 # --- the engine's half -----------------------------------------------------------------------------
@@ -205,11 +214,7 @@ class EngineThread:
         """Carry messages to the event loop, as many at a time as have gathered."""
         is_open = True
         while is_open:
-            gathered = [self._messages.get()]
-            while not self._messages.empty():
-                gathered.append(self._messages.get_nowait())
-            messages = [message for message in gathered if message is not None]
-            is_open = len(messages) == len(gathered)
+            messages, is_open = _gather(self._messages)
             try:
                 from_thread.run_sync(deliver, messages, token=token)
             except anyio.RunFinishedError:  # the event loop ended before the engine was closed
@@ -231,11 +236,6 @@ class EngineProcess:
         self._is_loaded = False
         self._is_failure_known = False
         self._is_stopping = False
-
-    @property
-    def pid(self) -> int | None:
-        """Of the child, once it was started."""
-        return None if self._process is None else self._process.pid
 
     def start(self, start: Start) -> None:
         """Start the child, which begins to load at once."""
@@ -371,11 +371,7 @@ class _Wire:
     def _write(self) -> None:
         is_open = True
         while is_open:
-            gathered = [self._frames.get()]
-            while not self._frames.empty():
-                gathered.append(self._frames.get_nowait())
-            frames = [frame for frame in gathered if frame is not None]
-            is_open = len(frames) == len(gathered)
+            frames, is_open = _gather(self._frames)
             with contextlib.suppress(OSError):  # the reader notices that the other side is gone
                 self._sock.sendall(b"".join(frames))
 

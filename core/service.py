@@ -48,8 +48,6 @@ MAX_SEQUENCES: Final = 128
 """Most sequences, prompts times completions, that one request may bring."""
 SHORT_TEXT: Final = 8192
 """Characters up to which tokenizing is not worth a thread."""
-OWN_ARGUMENTS: Final = frozenset({"self", "messages", "add_generation_prompt"})
-"""What a conversation has fields of its own for."""
 RETRY_SECONDS: Final = (1.0, 60.0)
 """Least and most that clients are told to wait."""
 NUM_RENDERERS: Final = 2
@@ -80,9 +78,8 @@ class Service:
         self._engine = Engine.over(
             config,
             link or EngineProcess(),
+            self.active,
             report=self._take_status,
-            active=self.active,
-            defaults=(*DEFAULT_PLUGINS, *SERVE_PLUGINS),
         )
         self._admissions: dict[str, Admission] = {}
         self._deadlines = _Deadlines(self)
@@ -332,7 +329,7 @@ class Service:
         :param parse_special: see `Tokenizer.encode`.
         :raises InvalidRequestError: there is no tokenizer, or it is no Unicode text.
         """
-        tokenizer = self._need_tokenizer("prompt")
+        tokenizer = self.need_tokenizer("prompt")
 
         def encode() -> list[int]:
             return tokenizer.encode(text, add_special_tokens, parse_special=parse_special)
@@ -344,7 +341,7 @@ class Service:
 
         :raises InvalidRequestError: there is no tokenizer, or an id is out of range.
         """
-        tokenizer, size = self._need_tokenizer("tokens"), self.limits.vocab_size
+        tokenizer, size = self.need_tokenizer("tokens"), self.limits.vocab_size
         for index, token_id in enumerate(token_ids):
             if not 0 <= token_id < size:
                 raise InvalidRequestError(
@@ -368,13 +365,9 @@ class Service:
 
         :raises InvalidRequestError: the template refuses the conversation or takes too long.
         """
-        tokenizer = self._need_tokenizer("messages")
+        tokenizer = self.need_tokenizer("messages")
         kwargs = dict(chat_template_kwargs or {})
-        if taken := sorted(OWN_ARGUMENTS & kwargs.keys()):
-            raise InvalidRequestError(
-                f"chat_template_kwargs: {', '.join(taken)} cannot be set there",
-                field="chat_template_kwargs",
-            )
+        tokenizer.check_template_variables(kwargs)
         given = {"tools": tools, "documents": documents}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         if continue_final_message:
@@ -392,7 +385,13 @@ class Service:
                 field="messages",
             ) from None
 
-    def _need_tokenizer(self, field: str) -> Tokenizer:
+    def need_tokenizer(self, field: str) -> Tokenizer:
+        """Return the model's tokenizer.
+
+        :param field: what cannot be served without one.
+        :raises InvalidRequestError: the model has none.
+        :raises NotReadyError: the engine is not loaded.
+        """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise InvalidRequestError(

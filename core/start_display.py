@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from core.service import Service
     from core.status import Status
 
-PIPE_WIDTH = 120
+PIPE_WIDTH: Final = 120
 """Columns when nobody watches."""
-LABELS = {
+LABELS: Final = {
     Phase.STARTING: "Starting",
     Phase.LOADING: "Loading weights",
     Phase.PROFILING: "Measuring memory",
@@ -96,15 +96,15 @@ class StartDisplay:
         plan, limits = service.plan, service.limits
         if plan is None:
             return
-        rows = [(name, text) for _, section in plan.render()[:1] for name, text, _ in section]
-        shown = {"family", "dtype", "device"}
-        facts = [(name, text) for name, text in rows if name in shown]
         concurrency = limits.max_kv_tokens / limits.max_model_len
-        facts += [
+        facts = [
+            ("family", plan.model.model_type),
+            ("dtype", plan.dtype),
+            ("device", plan.device),
             ("context", f"{limits.max_model_len} tokens"),
             ("KV cache", f"{limits.max_kv_tokens} tokens, {concurrency:.1f} requests of full length"),
             ("API key", "needed" if self._config.api_key else "none needed"),
-            *((plugin, line) for plugin, line in _header_lines(service)),
+            *(("", line) for line in service.active.host.report_header(plan)),
             ("URL", url),
         ]
         self._print_table(facts)
@@ -124,9 +124,3 @@ class StartDisplay:
         for row in rows:
             table.add_row(*row)
         self._console.print(table)
-
-
-def _header_lines(service: Service) -> list[tuple[str, str]]:
-    if service.plan is None:
-        return []
-    return [("", line) for line in service.active.host.report_header(service.plan)]

@@ -289,7 +289,7 @@ class Tokenizer:
                 "messages: this model's tokenizer has no chat template; send a prompt instead",
                 field="messages",
             )
-        self._check_template_arguments(kwargs)
+        self.check_template_variables(kwargs)
         if kwargs.get("continue_final_message"):
             add_generation_prompt = False
         checked = [_check_message(index, message) for index, message in enumerate(_as_list(messages))]
@@ -303,11 +303,18 @@ class Tokenizer:
             ) from error
         return text
 
-    def _check_template_arguments(self, kwargs: Mapping[str, Any]) -> None:
+    def check_template_variables(self, variables: Mapping[str, Any]) -> None:
+        """Refuse variables that would change more than what the template sees.
+
+        Call it before names that come from elsewhere become keyword arguments of `render_chat`, which
+        could otherwise take them for its own.
+
+        :raises InvalidRequestError: names the first of them.
+        """
         # What `transformers` takes for itself could turn rendering into something else.
-        own = set(inspect.signature(self.hf.apply_chat_template).parameters)
+        own = {"self", "messages", *inspect.signature(self.hf.apply_chat_template).parameters}
         refused = own - {"tools", "documents", "continue_final_message"}
-        for name in sorted(refused & set(kwargs)):
+        for name in sorted(refused & set(variables)):
             raise InvalidRequestError(
                 f"chat_template_kwargs: {name!r} is not a variable of a chat template",
                 field="chat_template_kwargs",

@@ -102,3 +102,9 @@ class ServerProcess:
         file = sock.makefile("rb")
         sock.close()  # the file holds it open
         return file
+
+    @staticmethod
+    def wait_for_token(stream):
+        """Read a stream up to its first event."""
+        while b"data: " not in stream.readline():
+            pass

@@ -241,6 +241,13 @@ def test_variables_reach_the_template(folder):
     assert tokenizer.render_chat([{"role": "user", "content": "x"}], mood="calm") == "calm: x"
 
 
+@pytest.mark.parametrize("name", ["self", "messages", "add_generation_prompt", "tokenize"])
+def test_names_of_its_own_arguments_are_no_variables(tokenizers, name):
+    with pytest.raises(InvalidRequestError, match=name) as error:
+        tokenizers["byte-level"].check_template_variables({"mood": "calm", name: 1})
+    assert error.value.field == "chat_template_kwargs"
+
+
 @pytest.mark.parametrize(
     "name", ["tokenize", "chat_template", "padding", "max_length", "return_dict", "tokenizer_kwargs"]
 )

@@ -185,8 +185,7 @@ def test_closing_a_stream_frees_its_blocks(client, server):
 
 def test_cancel_by_id_ends_the_stream(server):
     with server.open_stream(max_tokens=120, request_id="mine") as stream:
-        while b"data: " not in stream.readline():
-            pass
+        server.wait_for_token(stream)
         status, _, _ = server.get("/v1/requests/mine/cancel", {})
         rest = stream.read()
         assert status in (200, 404)  # it may have come to its end
@@ -223,8 +222,7 @@ def test_sigterm_lets_open_requests_finish(model, tmp_path):
     with ServerProcess(model, *FLAGS, folder=tmp_path) as server:
         server.wait_until_ready()
         with server.open_stream(max_tokens=100) as stream:
-            while b"data: " not in stream.readline():
-                pass
+            server.wait_for_token(stream)
             engine = server.engine
             server.process.send_signal(signal.SIGTERM)
             assert b'"finish_reason":"length"' in stream.read()
@@ -236,8 +234,7 @@ def test_the_death_of_the_engine_is_told_to_everybody(model, tmp_path):
     with ServerProcess(model, *FLAGS, folder=tmp_path) as server:
         server.wait_until_ready()
         with server.open_stream(max_tokens=120) as stream:
-            while b"data: " not in stream.readline():
-                pass
+            server.wait_for_token(stream)
             server.engine.kill()
             assert b'"error"' in stream.read()
         assert server.process.wait(20) == 1

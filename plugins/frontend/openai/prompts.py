@@ -10,11 +10,10 @@ from plugins.frontend.openai.forgery import check_roles, check_texts
 
 if TYPE_CHECKING:
     from core.service import Service
-    from core.tokenizer import Tokenizer
     from plugins.frontend.openai.types import ChatRequest, TokenizeRequest
 
-RESERVED: Final = frozenset({"add_generation_prompt", "continue_final_message", "messages", "self"})
-"""What a template does not get as one of its own variables."""
+CONTINUE: Final = "continue_final_message"
+"""A field of the request itself; the tokenizer refuses the other names that are none of a template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +42,12 @@ class Prompt:
         return self if len(self.token_ids) <= limit else Prompt(self.token_ids[-limit:])
 
 
-def need_tokenizer(service: Service, field: str) -> Tokenizer:
-    """Return the model's tokenizer.
-
-    :param field: what cannot be served without one.
-    :raises InvalidRequestError: the model has none.
-    """
-    if service.tokenizer is None:
-        raise InvalidRequestError(
-            f"{field}: text needs a tokenizer, but this model has none; send a prompt of token ids",
-            field=field,
-        )
-    return service.tokenizer
-
-
 async def encode_text(service: Service, text: str, *, add_special_tokens: bool) -> Prompt:
     """Encode a text.  What spells a special token becomes one: people write templates by hand.
 
     :raises InvalidRequestError: it is empty, or there is no tokenizer.
     """
-    need_tokenizer(service, "prompt")
+    service.need_tokenizer("prompt")
     if not text:
         raise InvalidRequestError("prompt: text must not be empty", field="prompt")
     token_ids = await service.encode(text, add_special_tokens=add_special_tokens, parse_special=True)
@@ -74,7 +59,7 @@ async def decode_prompt(service: Service, token_ids: list[int]) -> str:
 
     :raises InvalidRequestError: one is not in the vocabulary, or there is no tokenizer.
     """
-    need_tokenizer(service, "echo")
+    service.need_tokenizer("echo")
     try:
         return await service.decode(token_ids)
     except InvalidRequestError as error:
@@ -92,10 +77,10 @@ async def encode_conversation(service: Service, request: ChatRequest | TokenizeR
     :raises InvalidRequestError: something does, the template refuses the conversation, or there is
         no tokenizer.
     """
-    tokenizer = need_tokenizer(service, "messages")
-    for name in sorted(RESERVED.intersection(request.chat_template_kwargs or ())):
+    tokenizer = service.need_tokenizer("messages")
+    if CONTINUE in (request.chat_template_kwargs or ()):
         raise InvalidRequestError(
-            f"chat_template_kwargs: {name!r} is a field of the request itself",
+            f"chat_template_kwargs: {CONTINUE!r} is a field of the request itself",
             field="chat_template_kwargs",
         )
     check_roles(request.messages or [])

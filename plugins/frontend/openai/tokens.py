@@ -8,11 +8,7 @@ from core.errors import InvalidRequestError
 from plugins.frontend.openai.body import decode_body
 from plugins.frontend.openai.errors import answering
 from plugins.frontend.openai.forgery import special_texts
-from plugins.frontend.openai.prompts import (
-    encode_conversation,
-    encode_text,
-    need_tokenizer,
-)
+from plugins.frontend.openai.prompts import encode_conversation, encode_text
 from plugins.frontend.openai.reply import reply
 from plugins.frontend.openai.types import (
     DetokenizeAnswer,
@@ -41,7 +37,7 @@ def make_tokenize(service: Service) -> Callable[[Request], Awaitable[Response]]:
         if request.model is not None:
             service.check_model(request.model)
         prompt = await _encode(service, request)
-        tokenizer = need_tokenizer(service, "prompt")
+        tokenizer = service.need_tokenizer("prompt")
         texts = (
             [tokenizer.token_text(i) for i in prompt.token_ids] if request.return_token_strs else None
         )
@@ -86,7 +82,7 @@ def make_tokenizer_info(service: Service) -> Callable[[Request], Awaitable[Respo
 
     @answering
     async def tokenizer_info(_http: Request) -> Response:
-        tokenizer = need_tokenizer(service, "tokenizer")
+        tokenizer = service.need_tokenizer("tokenizer")
         hf = tokenizer.hf
         template = hf.chat_template
         if isinstance(template, dict):  # a tokenizer may have several, by name

@@ -189,17 +189,19 @@ class FakeService:
         self.refused.append((request_id, error))
 
     async def encode(self, text, *, add_special_tokens=True, parse_special=False):
-        return self._need_tokenizer().encode(text, add_special_tokens, parse_special=parse_special)
+        return self.need_tokenizer("tokens").encode(
+            text, add_special_tokens, parse_special=parse_special
+        )
 
     async def decode(self, token_ids, *, skip_special_tokens=False):
         if any(not 0 <= token_id < VOCAB_SIZE for token_id in token_ids):
             raise InvalidRequestError("tokens: out of range", field="tokens")
-        return self._need_tokenizer().decode(token_ids, skip_special_tokens)
+        return self.need_tokenizer("tokens").decode(token_ids, skip_special_tokens)
 
-    def _need_tokenizer(self):
+    def need_tokenizer(self, field):
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise InvalidRequestError("there is no tokenizer", field="tokens")
+            raise InvalidRequestError(f"{field}: there is no tokenizer", field=field)
         return tokenizer
 
     async def render_chat(
@@ -213,6 +215,7 @@ class FakeService:
         chat_template_kwargs=None,
     ):
         kwargs = dict(chat_template_kwargs or {})
+        self._tokenizer.check_template_variables(kwargs)
         kwargs |= {key: value for key, value in [("tools", tools), ("documents", documents)] if value}
         if continue_final_message:
             kwargs["continue_final_message"] = True
