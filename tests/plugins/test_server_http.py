@@ -315,6 +315,22 @@ async def test_an_application_that_says_nothing_is_a_server_error():
     assert (status, error_of(body)["type"]) == (500, "InternalServerError")
 
 
+async def test_continue_is_not_said_after_a_refusal():
+    async def read_body(request):
+        await request.body()
+        return PlainTextResponse("")
+
+    server = make_server(Route("/a", read_body, methods=["POST"]))
+    head = b"POST /a HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with capture_logs() as lines:
+        async with serving(server) as (port, _), await connect(port) as stream:
+            await stream.send(head + b"no chunk\r\n")
+            answer = await read_all(stream)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"100 Continue" not in answer
+    assert lines == []
+
+
 async def test_continue_is_said_only_to_who_may_continue():
     expecting = b"POST /count HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     limits = replace(LIMITS, max_body_bytes=10)

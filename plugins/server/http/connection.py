@@ -97,8 +97,9 @@ class Exchange(RequestResponseCycle):
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
     def leave(self) -> None:
-        """Tell the application that its client is gone."""
+        """Tell the application that its client is gone, or was refused: nothing more can be written."""
         self.disconnected = True
+        self.waiting_for_100_continue = False
         self.message_event.set()
 
 
