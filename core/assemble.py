@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pydantic
 
+from core.config import DEFAULT_ORIGIN
 from core.demo import find_model
 from core.engine import EngineCore
 from core.errors import ConfigError, PlanError, PluginNotFoundError
@@ -25,24 +27,41 @@ from core.pluginhost import PluginHost, PluginSelection, Selected, discover
 from core.registry import (
     AttentionEntry,
     ModelEntry,
+    ParallelEntry,
+    PipelineParallelEntry,
     QuantizerEntry,
     Registered,
     Registry,
     Requirements,
+    TensorParallelEntry,
 )
 from core.request import RequestLimits
 from core.status import Phase, Report, Status, report_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.config import EngineConfig
-    from core.interfaces import AttentionBackend, QuantScheme, Sampler
+    from core.interfaces import (
+        AttentionBackend,
+        PipelineParallel,
+        QuantScheme,
+        Sampler,
+        TensorParallel,
+    )
     from core.link import RelayBus
     from core.messages import OutputBatch
     from core.model.spec import ModelSpec
+    from core.sharding import Share, Span
 
-DEFAULT_PLUGINS: Final = ("core.builtin", "attention.torch", "observe.log")
+DEFAULT_PLUGINS: Final = (
+    "core.builtin",
+    "attention.torch",
+    "quant.awq",
+    "quant.gptq",
+    "quant.fp8",
+    "observe.log",
+)
 """Active unless `--plugins` names their kind or blocks them."""
 SERVE_PLUGINS: Final = (
     "server.http",
@@ -86,8 +105,20 @@ class Plan:
     plugins: tuple[Selected, ...]
     settings: Mapping[str, Any]
     """Bound settings of each plugin that has any, by plugin name."""
+    kv_cache_dtype: str
+    """Of stored keys and values, as torch names it."""
+    shares: tuple[Share, ...]
+    """What each rank holds.  Ranks of one stage follow one another: rank = stage · tensor_parallel_size
+    + rank within the stage."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     notes: tuple[str, ...] = ()
     """What was decided for the user, worth a line at start."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return len(self.shares)
 
     def factory(self, kind: str) -> Callable[..., Any]:
         """Return the factory of the part chosen for a kind."""
@@ -95,7 +126,7 @@ class Plan:
 
     def cache_identity(self) -> bytes:
         """State what two KV blocks must have in common before their tokens are compared."""
-        identity = [self.model.to_dict(), self.model_path, self.dtype, self.config.kv_cache_dtype]
+        identity = [self.model.to_dict(), self.model_path, self.dtype, self.kv_cache_dtype]
         return json.dumps(identity, sort_keys=True).encode()
 
     def fit_model_len(self, num_blocks: int) -> int:
@@ -139,6 +170,10 @@ class Plan:
                 for kind, choice in self.choices.items()
             },
             "plugins": [{"name": plugin.name, "why": plugin.reason} for plugin in self.plugins],
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "shares": [dataclasses.asdict(share) for share in self.shares],
             "notes": list(self.notes),
         }
 
@@ -177,6 +212,7 @@ class Plan:
                     ("block size", f"{self.block_size} tokens", config.origin_of("block_size")),
                 ],
             ),
+            ("ranks", list(self._render_ranks())),
             (
                 "parts",
                 [
@@ -187,6 +223,18 @@ class Plan:
             ("plugins", [(plugin.name, "active", plugin.reason) for plugin in self.plugins]),
             ("notes", [("", note, "") for note in self.notes]),
         ]
+
+    def _render_ranks(self) -> Iterator[tuple[str, str, str]]:
+        if self.world_size == 1:
+            return
+        tensor, pipeline = self.tensor_parallel_size, self.pipeline_parallel_size
+        yield "mesh", f"{tensor} tensor x {pipeline} pipeline", f"{self.world_size} ranks"
+        for rank, share in enumerate(self.shares):
+            held = (
+                f"layers {_format_span(share.layers)}, heads {_format_span(share.heads)}, "
+                f"KV heads {_format_span(share.kv_heads)}"
+            )
+            yield f"rank {rank}", held, f"{share.inner.size} MLP features, {share.vocab.size} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +266,10 @@ class Parts:
     scheme: QuantScheme
     sampler: Sampler
     rank: int = 0
+    tensor: TensorParallel | None = None
+    """`None` if no other rank holds a part of the same layers."""
+    pipeline: PipelineParallel | None = None
+    """`None` if this rank runs all layers."""
 
 
 # --- deciding --------------------------------------------------------------------------------------
@@ -256,8 +308,8 @@ def resolve(config: EngineConfig, active: ActivePlugins | None = None) -> Assemb
     :raises PlanError: the parts cannot work together; lists every reason.
     """
     active = active or start_plugins(config)
-    draft = _Draft(config, active.host, active.registry)
-    plan = draft.make_plan(active.selected, active.settings)
+    draft = _Draft(config, active)
+    plan = draft.make_plan(active.selected)
     objections = [*draft.objections, *active.host.check_plan(plan)]
     if objections:
         raise PlanError(objections)
@@ -316,12 +368,13 @@ def _bind_settings(host: PluginHost, config: EngineConfig) -> dict[str, Any]:
 class _Draft:
     """A plan in the making: collects objections instead of stopping at the first."""
 
-    def __init__(self, config: EngineConfig, host: PluginHost, registry: Registry) -> None:
+    def __init__(self, config: EngineConfig, active: ActivePlugins) -> None:
         from core.model.families import load_hf_config  # noqa: PLC0415  imports transformers
 
         self.config = config
-        self.host = host
-        self.registry = registry
+        self.host = active.host
+        self.registry = active.registry
+        self.settings = active.settings
         self.objections: list[str] = []
         self.notes: list[str] = []
         self.choices: dict[str, Choice] = {}
@@ -330,9 +383,10 @@ class _Draft:
         self.model = self._read_model()
         self.device = _resolve_device(config.device)
         self.dtype = _resolve_dtype(config.dtype, self.hf_config)
+        self.sizes = {axis: self._choose_parallel(axis) for axis in ("tensor", "pipeline")}
         self.requirements = self._make_requirements()
 
-    def make_plan(self, plugins: tuple[Selected, ...], settings: Mapping[str, Any]) -> Plan:
+    def make_plan(self, plugins: tuple[Selected, ...]) -> Plan:
         self._choose_quantizer()
         self._choose_attention()
         for kind in ("scheduler", "kv_cache", "executor", "sampler"):
@@ -344,6 +398,7 @@ class _Draft:
             self._choose_named("server", self.config.server)
         if self.objections:  # the rest of the plan needs every part
             raise PlanError(self.objections)
+        shares = self._make_shares()
         return Plan(
             config=self.config,
             model=self.model,
@@ -352,11 +407,15 @@ class _Draft:
             dtype=self.dtype,
             max_model_len=self._resolve_max_model_len(),
             block_size=self._resolve_block_size(),
-            weight_bytes=self.model.num_parameters() * _DTYPE_BYTES[self.dtype],
+            weight_bytes=self._weight_bytes(),
             kv_bytes_per_token=self._kv_bytes_per_token(),
             choices=self.choices,
             plugins=plugins,
-            settings=settings,
+            settings=self.settings,
+            kv_cache_dtype=self._resolve_kv_cache_dtype(),
+            shares=shares,
+            tensor_parallel_size=self.sizes["tensor"],
+            pipeline_parallel_size=self.sizes["pipeline"],
             notes=tuple(self.notes),
         )
 
@@ -406,8 +465,8 @@ class _Draft:
             quantization=config.quantization or quantization.get("quant_method"),
             quantization_config=quantization,
             model_type=model.model_type,
-            tensor_parallel_size=config.tensor_parallel_size,
-            pipeline_parallel_size=config.pipeline_parallel_size,
+            tensor_parallel_size=self.sizes["tensor"],
+            pipeline_parallel_size=self.sizes["pipeline"],
         )
 
     # --- the parts ---
@@ -458,22 +517,100 @@ class _Draft:
         if method in (None, "none") and stored is None:
             self.choices["quant"] = Choice("quant", self.registry.get("quant", "none"), "not quantized")
             return
-        able = [
-            registered
-            for registered in self.registry.all("quant")
-            if isinstance(registered.descriptor, QuantizerEntry)
-            and method in {registered.descriptor.name, *registered.descriptor.methods}
-        ]
+        able: list[Registered] = []
+        reasons = []
+        for registered in self._quantizers_of(method):
+            problems = registered.descriptor.unsupported(self.requirements)
+            reasons += [f"{registered.plugin}: {problem}" for problem in problems]
+            able += [] if problems else [registered]
         if not able:
-            self.objections.append(
-                f"the checkpoint is quantized with {method!r}, which no active plugin reads; "
-                f"name one with --plugins"
-            )
+            self.objections += reasons or [self._unread_quantization(method, stored)]
             return
-        reasons = able[0].descriptor.unsupported(self.requirements)
-        self.objections += [f"{able[0].plugin}: {reason}" for reason in reasons]
         why = "stated by the checkpoint" if stored else self.config.origin_of("quantization")
         self.choices["quant"] = Choice("quant", able[0], why)
+
+    def _quantizers_of(self, method: str | None) -> list[Registered]:
+        """List the quantizers of that name, or that read that method."""
+        stored = self.requirements.quantization_config.get("quant_method")
+        found = []
+        for registered in self.registry.all("quant"):
+            entry = registered.descriptor
+            if not isinstance(entry, QuantizerEntry) or method not in {entry.name, *entry.methods}:
+                continue
+            if stored in entry.methods if stored else entry.can_convert:
+                found.append(registered)
+        return found
+
+    def _unread_quantization(self, method: str | None, stored: str | None) -> str:
+        entries = [r.descriptor for r in self.registry.all("quant")]
+        quantizers = [entry for entry in entries if isinstance(entry, QuantizerEntry)]
+        if stored and method != stored:
+            return (
+                f"--quantization {method}: the checkpoint is quantized with {stored!r}, which no active "
+                f"quantizer of that name reads; leave the flag away"
+            )
+        if stored:
+            known = ", ".join(sorted({name for entry in quantizers for name in entry.methods}))
+            return (
+                f"the checkpoint is quantized with {stored!r}, which no active plugin reads (those read "
+                f"{known or 'none'}); name one that does with --plugins"
+            )
+        able = ", ".join(entry.name for entry in quantizers if entry.can_convert) or "none"
+        return (
+            f"--quantization {method}: the checkpoint is not quantized, and no active quantizer of that "
+            f"name converts at load (those that do: {able}); python -m core quantize can write one"
+        )
+
+    # --- ranks ---
+
+    def _choose_parallel(self, axis: str) -> int:
+        """Choose the strategy of an axis, and how many ranks it is for."""
+        flag = f"{axis}_parallel_size"
+        size: int = getattr(self.config, flag)
+        entries = [
+            registered
+            for registered in self.registry.all("parallel")
+            if isinstance(registered.descriptor, ParallelEntry) and registered.descriptor.axis == axis
+        ]
+        if not entries:
+            return size  # an executor may do without a strategy; else it says what it lacks
+        chosen = entries[0]
+        wanted = getattr(self.settings.get(chosen.plugin), "size", None)
+        if wanted is not None and wanted != size:
+            if self.config.origin_of(flag) != DEFAULT_ORIGIN:
+                self.objections.append(
+                    f"[plugins.{chosen.plugin!r}] size is {wanted}, but {self.config.origin_of(flag)} "
+                    f"says {size}; give one of them"
+                )
+            size = wanted
+        if size > 1:
+            self.choices[axis] = Choice(axis, chosen, self.config.origin_of(flag))
+        return size
+
+    def _make_shares(self) -> tuple[Share, ...]:
+        """Divide the model over the mesh.
+
+        :raises PlanError: there are more ranks than there is to divide.
+        """
+        whole = self.model.whole_share()
+        rows: Sequence[Share] = (whole,)
+        stages: Sequence[Span] = (whole.layers,)
+        tensor, pipeline = self.choices.get("tensor"), self.choices.get("pipeline")
+        try:
+            if tensor and isinstance(tensor.registered.descriptor, TensorParallelEntry):
+                divide = tensor.registered.descriptor.divide
+                rows = divide(self.model, self.sizes["tensor"], self._cut_step())
+            if pipeline and isinstance(pipeline.registered.descriptor, PipelineParallelEntry):
+                settings = self.settings.get(pipeline.registered.plugin)
+                divide_layers = pipeline.registered.descriptor.divide
+                stages = divide_layers(self.model, self.sizes["pipeline"], settings)
+        except ConfigError as error:
+            raise PlanError([str(error)]) from error
+        return tuple(dataclasses.replace(row, layers=layers) for layers in stages for row in rows)
+
+    def _cut_step(self) -> int:
+        entry = self.choices["quant"].registered.descriptor
+        return entry.cut_step(self.requirements) if isinstance(entry, QuantizerEntry) else 1
 
     # --- sizes ---
 
@@ -495,12 +632,26 @@ class _Draft:
             self.objections.append(f"--max-model-len {asked} is beyond the model's {limit} positions")
         return asked or limit
 
+    def _weight_bytes(self) -> int:
+        num_linear, num_all = self.model.num_linear_parameters(), self.model.num_parameters()
+        entry = self.choices["quant"].registered.descriptor
+        bits = entry.weight_bits(self.requirements) if isinstance(entry, QuantizerEntry) else None
+        plain = _DTYPE_BYTES[self.dtype]
+        linear_bytes = num_linear * plain if bits is None else math.ceil(num_linear * bits / 8)
+        return (num_all - num_linear) * plain + linear_bytes
+
+    def _resolve_kv_cache_dtype(self) -> str:
+        name = self.config.kv_cache_dtype
+        return self.dtype if name == "auto" else _KV_DTYPES.get(name, name)
+
     def _kv_bytes_per_token(self) -> int:
         model = self.model
-        return 2 * model.num_layers * model.num_kv_heads * model.head_dim * _DTYPE_BYTES[self.dtype]
+        size = _DTYPE_BYTES.get(self._resolve_kv_cache_dtype(), _DTYPE_BYTES[self.dtype])
+        return 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
 
 
-_DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+_KV_DTYPES: Final = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 
 def _resolve_device(device: str) -> str:
@@ -519,6 +670,10 @@ def _resolve_dtype(dtype: str, hf_config: Any) -> str:
     return name if name in _DTYPE_BYTES else "float32"
 
 
+def _format_span(span: Span) -> str:
+    return f"{span.start}-{span.stop - 1}" if span.size != 1 else str(span.start)
+
+
 def _format_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
@@ -531,12 +686,18 @@ def _format_bytes(count: float) -> str:
 
 
 def make_parts(plan: Plan, rank: int = 0) -> Parts:
-    """Build what an executor is made of, on one rank."""
+    """Build what an executor is made of, on one rank.
+
+    With several ranks torch.distributed has to be there, and all of them call this.
+    """
+    choices = plan.choices
     return Parts(
         attention=plan.factory("attention")(plan),
         scheme=plan.factory("quant")(plan),
         sampler=plan.factory("sampler")(plan),
         rank=rank,
+        tensor=plan.factory("tensor")(plan, rank) if "tensor" in choices else None,
+        pipeline=plan.factory("pipeline")(plan, rank) if "pipeline" in choices else None,
     )
 
 

@@ -70,6 +70,7 @@ class TorchExecutor:
         is_cpu = self.device.type == "cpu"
         self.max_in_flight = plan.config.max_in_flight or (1 if is_cpu else 2)
         self._plan = plan
+        self._share = plan.shares[parts.rank]
         self._attention = parts.attention
         self._sampler = parts.sampler
         self._entries: dict[int, RowEntry] = {}  # who sits in each row
@@ -81,6 +82,8 @@ class TorchExecutor:
             dtype=self.dtype,
             device=self.device,
             max_len=plan.max_model_len,
+            share=self._share,
+            tensor=parts.tensor,
         )
         self._state = self._make_state(plan.max_model_len)
 
@@ -148,12 +151,12 @@ class TorchExecutor:
     def _cache_spec(self, num_blocks: int) -> KVCacheSpec:
         model = self._plan.model
         return KVCacheSpec(
-            num_layers=model.num_layers,
+            num_layers=self._share.layers.size,
             num_blocks=num_blocks,
             block_size=self._plan.block_size,
-            num_kv_heads=model.num_kv_heads,
+            num_kv_heads=self._share.kv_heads.size,
             head_dim=model.head_dim,
-            dtype=self.dtype,
+            dtype=getattr(torch, self._plan.kv_cache_dtype),
             device=self.device,
         )
 

@@ -86,11 +86,11 @@ def core_register_attention() -> Iterable[AttentionEntry]:  # type: ignore[empty
 
 @hookspec
 def core_register_parallel() -> Iterable[ParallelEntry]:  # type: ignore[empty-body]
-    """Contribute strategies that split the model over several ranks.
+    """Contribute strategies that spread the model over several ranks.
 
     Called once, in every process.
 
-    :return: descriptors; `None` or nothing for none.
+    :return: `TensorParallelEntry` and `PipelineParallelEntry` records; `None` or nothing for none.
     :raises Exception: aborts the start and names the plugin.
 
     Since API 1.0.

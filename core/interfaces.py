@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from core.sharding import Span
 
 if TYPE_CHECKING:
     import socket
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from core.events import Event
     from core.request import FinishReason, Request
     from core.sampling import Sampled, SampleRows
+    from core.sharding import Cut
     from core.step import PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
 
 
@@ -359,7 +362,8 @@ class AttentionBackend(Protocol):
 class LinearSpec:
     """One linear layer as the model sees it, before anybody decided how its weights are stored.
 
-    A fused layer (qkv, gate_up) has several shards, stacked along the output dimension.
+    A fused layer (qkv, gate_up) has several shards, stacked along the output dimension.  Where ranks
+    share the layer, all sizes are those of one rank's part, and `cut` says which part that is.
     """
 
     name: str
@@ -373,11 +377,41 @@ class LinearSpec:
     device: torch.device
     role: str
     """qkv, out, gate_up, down or lm_head."""
+    cut: Cut | None = None
+    """`None`: the whole layer."""
 
     @property
     def out_features(self) -> int:
         """Output features over all shards."""
         return sum(size for _, size in self.shards)
+
+    @property
+    def input_spans(self) -> tuple[Span, ...]:
+        """Which input features of the whole layer these are."""
+        return (Span(0, self.in_features) if self.cut is None else self.cut.inputs,)
+
+    def output_spans(self, shard: int) -> tuple[Span, ...]:
+        """Which output features of a whole shard these are."""
+        return (Span(0, self.shards[shard][1]),) if self.cut is None else self.cut.outputs[shard]
+
+    def rows(self, shard: int) -> slice:
+        """Where a shard's output features are among those of the layer."""
+        first = sum(size for _, size in self.shards[:shard])
+        return slice(first, first + self.shards[shard][1])
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What a dimension of a stored tensor runs along: this is how a rank finds its part of it."""
+
+    along: Literal["in", "out"]
+    """Input or output features."""
+    step: int = 1
+    """Features that one index stands for: 8 where eight are packed into one integer, 128 where so
+    many share a scale."""
+    shared: bool = False
+    """Whether a cut may fall inside an index; each rank that touches the index then reads it whole,
+    and `core.sharding.local_groups` tells which of its features belong to which of those it read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,18 +420,29 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
-    """`None` accepts any floating dtype and converts."""
+    """`None` accepts any floating dtype."""
+    axes: tuple[Axis | None, ...] = ()
+    """One for each dimension; `None`, as for missing ones: every rank reads all of it."""
+    optional: bool = False
+    """Whether the checkpoint may do without."""
 
 
 @runtime_checkable
 class QuantScheme(Protocol):
-    """How the weights of linear layers are stored and applied."""
+    """How the weights of linear layers are stored and applied.
+
+    A scheme knows nothing of ranks: it is given the sizes of one rank's part, and says in the `axes`
+    of its tensors how a part is cut out of what is stored.
+    """
 
     def make_linear(self, spec: LinearSpec, /) -> torch.nn.Module:
         """Make an empty module with `forward(x: [T, in_features]) -> [T, out_features]`."""
 
     def tensors(self, spec: LinearSpec, shard: int, /) -> Mapping[str, TensorSpec]:
-        """Name the checkpoint tensors of one shard, by suffix (`weight`, `bias`, `qweight` …)."""
+        """Name the checkpoint tensors of one shard, by suffix (`weight`, `bias`, `qweight` …).
+
+        Called with the spec of the whole layer (`cut` is `None`), for the shapes that are stored.
+        """
 
     def load(
         self,
@@ -407,35 +452,55 @@ class QuantScheme(Protocol):
         tensors: Mapping[str, torch.Tensor],
         /,
     ) -> None:
-        """Copy one shard's tensors, already on the device, into the module."""
+        """Copy one shard's tensors, already on the device, into the module.
+
+        :param spec: of this rank's part; the tensors are cut to it as their axes say.
+        :param tensors: without the optional ones that the checkpoint does not hold.
+        :raises CheckpointError: a value is impossible.
+        """
 
     def finalize(self, module: torch.nn.Module, spec: LinearSpec, /) -> None:
         """Repack after all shards have been loaded, or after dummy weights have been filled in."""
 
 
 @runtime_checkable
-class ParallelStrategy(Protocol):
-    """Splits the model over ranks along one axis."""
+class TensorParallel(Protocol):
+    """Joins the ranks that share each layer of one stage.
 
-    axis: str
-    """`tensor` or `pipeline`."""
+    All of them call the same methods in the same order.
+    """
+
     size: int
     rank: int
-
-    def shard(self, spec: LinearSpec, tensor: torch.Tensor, /) -> torch.Tensor:
-        """Cut out this rank's part of a linear layer's tensor."""
+    """Among the ranks of the stage."""
 
     def all_reduce(self, tensor: torch.Tensor, /) -> torch.Tensor:
         """Sum over the ranks; may work in place."""
 
+    def gather(self, tensor: torch.Tensor, sizes: Sequence[int], /) -> torch.Tensor:
+        """Join the ranks' parts along the last dimension, in order of rank.
+
+        :param tensor: [N, sizes[rank]].
+        :return: [N, sum of sizes] on rank 0; on the others anything of that shape.
+        """
+
+    def broadcast(self, tensor: torch.Tensor, /) -> torch.Tensor:
+        """Give all ranks what rank 0 has; works in place on the others."""
+
+
+@runtime_checkable
+class PipelineParallel(Protocol):
+    """Joins each rank to those that run the layers before and after its own."""
+
+    size: int
+    """Stages."""
+    stage: int
+
     def send(self, tensor: torch.Tensor, /) -> None:
-        """Give the hidden states to the next stage."""
+        """Give the stream [T, hidden] to the next stage; may return before it has arrived."""
 
     def recv(self, tensor: torch.Tensor, /) -> torch.Tensor:
-        """Take the hidden states of the previous stage into `tensor`."""
-
-    def stage_of(self, layer: int, /) -> int:
-        """Name the rank that runs a layer."""
+        """Take the stream of the previous stage into `tensor`."""
 
 
 @runtime_checkable
@@ -470,6 +535,20 @@ class Sampler(Protocol):
         :param rows: which rows, and at which positions.
         :return: tokens [N] int64, `core.step.BAD_LOGITS` where there is nothing to draw from, and
             log-probabilities under the raw logits if any of the rows asked for them.
+        """
+
+
+@runtime_checkable
+class SupportsQuantizedKV(Protocol):
+    """Optional: the backend can keep keys and values in a narrower dtype than it computes with."""
+
+    def set_kv_scales(self, k_scales: torch.Tensor, v_scales: torch.Tensor, /) -> None:
+        """Take the factors by which stored values are multiplied when they are read.
+
+        Called once, between `allocate_cache` and the first step.
+
+        :param k_scales: [layers, G] float32, of the layers and heads on this rank.
+        :param v_scales: [layers, G] float32.
         """
 
 

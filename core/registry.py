@@ -9,9 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from core.errors import PluginConflictError, PluginNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from core.model.spec import ModelSpec
+    from core.sharding import Share, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,19 +79,65 @@ class AttentionEntry(Descriptor):
     """Under `auto` the supporting backend with the highest priority is taken."""
 
 
+def _no_bits(_requirements: Requirements) -> float | None:
+    return None
+
+
+def _any_step(_requirements: Requirements) -> int:
+    return 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizerEntry(Descriptor):
-    """A quantizer: `factory(plan) -> QuantScheme`."""
+    """A quantizer: `factory(plan) -> QuantScheme`.
+
+    Several may read the same method; the first is taken that has nothing against the checkpoint.
+    """
 
     methods: tuple[str, ...] = ()
     """Values of `quantization_config.quant_method` that it reads."""
+    can_convert: bool = False
+    """Whether `--quantization NAME` may be asked of a checkpoint that is not quantized."""
+    weight_bits: Callable[[Requirements], float | None] = _no_bits
+    """Bits that an element of a linear layer takes, scales included; `None`: those of the dtype."""
+    cut_step: Callable[[Requirements], int] = _any_step
+    """Features by multiples of which layers are best cut for several ranks, such as a group's size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelEntry(Descriptor):
-    """A parallel strategy: `factory(plan, rank) -> ParallelStrategy`."""
+    """A way to spread a model over ranks; register one of the two kinds below.
 
-    axis: str = "tensor"
+    A plugin whose settings have a field `size` is asked for its ranks there too, besides the flags.
+    """
+
+    axis: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallelEntry(ParallelEntry):
+    """Divides each layer: `factory(plan, rank) -> TensorParallel`.
+
+    The factory is called on every rank, once torch.distributed is there, in the same order.
+    """
+
+    axis: ClassVar[str] = "tensor"
+    divide: Callable[[ModelSpec, int, int], Sequence[Share]]
+    """(model, ranks, `QuantizerEntry.cut_step`) -> each rank's part of all layers; raises
+    `ConfigError` if there are too many ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineParallelEntry(ParallelEntry):
+    """Divides the layers among stages: `factory(plan, rank) -> PipelineParallel`.
+
+    The factory is called on every rank, once torch.distributed is there, in the same order.
+    """
+
+    axis: ClassVar[str] = "pipeline"
+    divide: Callable[[ModelSpec, int, Any], Sequence[Span]]
+    """(model, stages, settings of the plugin or `None`) -> the layers of each stage, all in order;
+    raises `ConfigError` if they cannot be divided so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

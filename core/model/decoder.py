@@ -6,20 +6,37 @@ captures it as it is, and so that assembly can fill a slot with a fused form.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from core.model.layers import Build, DecoderLayer, Embedding, StepContext, make_linear_spec, make_norm
+from core.model.layers import (
+    Build,
+    DecoderLayer,
+    Embedding,
+    SplitLinear,
+    StepContext,
+    StoredShard,
+    make_layer_linears,
+    make_norm,
+    split_linear,
+)
+from core.model.linear import PlainScheme
 from core.model.rope import RotaryTable
+from core.sharding import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core.interfaces import AttentionBackend, LinearSpec, QuantScheme
+    from core.interfaces import AttentionBackend, LinearSpec, QuantScheme, TensorParallel
     from core.model.spec import ModelSpec
+    from core.sharding import Share
+
+
+EMBEDDING: Final = "model.embed_tokens"
+HEAD: Final = "lm_head"
 
 
 class LayerSlots(NamedTuple):
@@ -46,8 +63,22 @@ def compose_layer(layer: DecoderLayer) -> LayerSlots:
     return LayerSlots(layer.qkv, layer.attend, layer.out, layer.up, layer.down)
 
 
+class PlainWeight(NamedTuple):
+    """A weight that belongs to no linear layer, and what this rank holds of it."""
+
+    name: str
+    """In a checkpoint."""
+    parameter: nn.Parameter
+    whole_shape: tuple[int, ...]
+    rows: Span | None = None
+    """Of the stored tensor; `None` for all."""
+
+
 class Decoder(nn.Module):
     """A decoder for inference; made empty by `make_decoder`, filled by `core.model.weights`.
+
+    A rank that runs some of the layers only has the embedding if it runs the first of them, norm and
+    head if it runs the last.
 
     :param max_len: longest sequence to serve, in tokens: rows of the rotary tables.
     """
@@ -55,15 +86,18 @@ class Decoder(nn.Module):
     def __init__(self, build: Build, max_len: int) -> None:
         super().__init__()
         spec = self.spec = build.spec
+        share = self.share = build.share
         self.scheme = build.scheme
         self.dtype = build.dtype
-        self.embedding = Embedding(build)
-        self.layers = nn.ModuleList(DecoderLayer(build, index) for index in range(spec.num_layers))
-        self.norm = make_norm(build, spec.hidden_size)
-        self._head_spec = make_linear_spec(
-            build, "lm_head", "lm_head", spec.hidden_size, {"lm_head": spec.vocab_size}, bias=False
-        )
-        self.lm_head = None if spec.tied else build.scheme.make_linear(self._head_spec)
+        self.is_first = share.layers.start == 0
+        self.is_last = share.layers.stop == spec.num_layers
+        self.embedding = Embedding(build) if self.is_first else None
+        self.layers = nn.ModuleList(DecoderLayer(build, i) for i in range(*share.layers))
+        self.norm = make_norm(build, spec.hidden_size) if self.is_last else None
+        self.head_split, self._head_scheme = _describe_head(build)
+        # A tied head is the embedding, unless that is on another rank.
+        has_head = self.is_last and not (spec.tied and self.is_first)
+        self.lm_head = self._head_scheme.make_linear(self.head_split.local) if has_head else None
         self._build = build
         self.limit_length(max_len)
         self.slots = [compose_layer(layer) for layer in self._layers()]
@@ -76,33 +110,35 @@ class Decoder(nn.Module):
             for key, rope in self.spec.ropes.items()
         }
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, meta: Any) -> torch.Tensor:
-        """Run all layers.  Writes the keys and values of the step into the attention's cache.
+    def forward(self, stream: torch.Tensor, positions: torch.Tensor, meta: Any) -> torch.Tensor:
+        """Run the layers.  Writes the keys and values of the step into the attention's cache.
 
-        :param token_ids: [T] int64.
+        :param stream: [T] int64 token ids for the first layer, else [T, hidden] of the layer before.
         :param positions: [T] int64, each within its sequence.
         :param meta: what the attention's `prepare` returned for this step.
-        :return: [T, hidden] after the last norm.
+        :return: [T, hidden], after the last norm if this rank runs the last layer.
         """
         rotations = {key: table.cos_sin(positions) for key, table in self.rotary.items()}
         context = StepContext(positions, rotations, meta)
-        stream = self.embedding(token_ids)
+        if self.embedding is not None:
+            stream = self.embedding(stream)
         for qkv, attend, out, up, down in self.slots:
             stream = out(attend(qkv(stream), context), stream)
             stream = down(up(stream), stream)
-        hidden: torch.Tensor = self.norm(stream)
-        return hidden
+        return stream if self.norm is None else self.norm(stream)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Score the vocabulary.
+        """Score this rank's part of the vocabulary; for a rank that runs the last layer.
 
         :param hidden: [N, hidden].
         :return: [N, vocab] float32, or float64 of a float64 model.
         """
-        if self.lm_head is None:
+        if self.lm_head is not None:
+            logits = self.lm_head(hidden)
+        elif self.embedding is not None:
             logits = functional.linear(hidden, self.embedding.weight)
         else:
-            logits = self.lm_head(hidden)
+            raise RuntimeError("this rank runs no last layer")
         if self.dtype != torch.float64:
             logits = logits.float()
         cap = self.spec.logit_softcap
@@ -110,25 +146,63 @@ class Decoder(nn.Module):
 
     # --- for those who fill it ---
 
-    def linears(self) -> Iterator[tuple[LinearSpec, nn.Module]]:
-        """Every linear layer that the scheme made, with what the model knows about it."""
+    def linears(self) -> Iterator[tuple[SplitLinear, nn.Module, QuantScheme]]:
+        """Every linear layer, with what the model knows about it and the scheme that made it."""
         for layer in self._layers():
-            yield from layer.linears()
+            for linear, module in layer.linears():
+                yield linear, module, self.scheme
         if self.lm_head is not None:
-            yield self._head_spec, self.lm_head
+            yield self.head_split, self.lm_head, self._head_scheme
 
-    def plain_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every weight that belongs to no linear layer, by its name in a checkpoint."""
-        yield "model.embed_tokens.weight", self.embedding.weight
-        for index, layer in enumerate(self._layers()):
-            for module, name in _norm_names(self.spec):
-                yield f"model.layers.{index}.{name}.weight", layer.get_parameter(f"{module}.weight")
-        yield "model.norm.weight", self.norm.weight
+    def plain_weights(self) -> Iterator[PlainWeight]:
+        """Every weight that belongs to no linear layer."""
+        spec = self.spec
+        if self.embedding is not None:
+            shape = (spec.vocab_size, spec.hidden_size)
+            rows = None if self._build.is_whole else self.share.vocab
+            yield PlainWeight(f"{EMBEDDING}.weight", self.embedding.weight, shape, rows)
+        for layer in self._layers():
+            for module, name in _norm_names(spec):
+                weight = layer.get_parameter(f"{module}.weight")
+                yield PlainWeight(_layer_weight(layer.index, name), weight, tuple(weight.shape))
+        if self.norm is not None:
+            weight = self.norm.weight
+            yield PlainWeight("model.norm.weight", weight, tuple(weight.shape))
+
+    def whole_linears(self) -> Iterator[tuple[LinearSpec, QuantScheme]]:
+        """Every linear layer of the whole model, on whichever rank it is."""
+        for index in range(self.spec.num_layers):
+            for linear in make_layer_linears(self._build, index).values():
+                yield linear.whole, self.scheme
+        if not self.spec.tied:
+            yield self.head_split.whole, self._head_scheme
+
+    def whole_plain_names(self) -> Iterator[str]:
+        """Names of the plain weights of the whole model, on whichever rank they are."""
+        yield f"{EMBEDDING}.weight"
+        for index in range(self.spec.num_layers):
+            for _, name in _norm_names(self.spec):
+                yield _layer_weight(index, name)
+        yield "model.norm.weight"
 
     def _layers(self) -> Iterator[DecoderLayer]:
         for layer in self.layers:
             if isinstance(layer, DecoderLayer):
                 yield layer
+
+
+def _describe_head(build: Build) -> tuple[SplitLinear, QuantScheme]:
+    """Describe the output projection; a tied one is stored as the embedding, never quantized."""
+    spec = build.spec
+    name = EMBEDDING if spec.tied else HEAD
+    shard = StoredShard(name, spec.vocab_size, (build.share.vocab,))
+    hidden = Span(0, spec.hidden_size)
+    split = split_linear(build, "lm_head", HEAD, (hidden, hidden.size), (shard,), bias=False)
+    return split, PlainScheme() if spec.tied else build.scheme
+
+
+def _layer_weight(index: int, name: str) -> str:
+    return f"model.layers.{index}.{name}.weight"
 
 
 def _norm_names(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -155,6 +229,8 @@ def make_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
+    share: Share | None = None,
+    tensor: TensorParallel | None = None,
 ) -> Decoder:
     """Make a decoder with uninitialized weights.
 
@@ -162,5 +238,9 @@ def make_decoder(
     :param attention: attends; its cache may be allocated later.
     :param device: `meta` allocates nothing.
     :param max_len: longest sequence to serve, in tokens.
+    :param share: the part of the model that this rank holds; `None` for all.
+    :param tensor: joins the ranks that hold the other parts of the same layers.
     """
-    return Decoder(Build(spec, scheme, attention, dtype, torch.device(device)), max_len)
+    share = share or spec.whole_share()
+    build = Build(spec, scheme, attention, dtype, torch.device(device), share, tensor)
+    return Decoder(build, max_len)

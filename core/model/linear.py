@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from core.interfaces import LinearSpec, TensorSpec
+from core.interfaces import Axis, LinearSpec, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,9 +40,10 @@ class PlainScheme:
     def tensors(self, spec: LinearSpec, shard: int, /) -> Mapping[str, TensorSpec]:
         """Name `weight`, and `bias` if there is one."""
         _, out_features = spec.shards[shard]
-        tensors = {"weight": TensorSpec((out_features, spec.in_features))}
+        shape, axes = (out_features, spec.in_features), (Axis("out"), Axis("in"))
+        tensors = {"weight": TensorSpec(shape, axes=axes)}
         if spec.bias:
-            tensors["bias"] = TensorSpec((out_features,))
+            tensors["bias"] = TensorSpec((out_features,), axes=(Axis("out"),))
         return tensors
 
     def load(
@@ -54,10 +55,8 @@ class PlainScheme:
         /,
     ) -> None:
         """Copy a shard to its rows, converting the dtype."""
-        first = sum(size for _, size in spec.shards[:shard])
-        rows = slice(first, first + spec.shards[shard][1])
         for name, tensor in tensors.items():
-            module.get_parameter(name)[rows].copy_(tensor)
+            module.get_parameter(name)[spec.rows(shard)].copy_(tensor)
 
     def finalize(self, module: nn.Module, spec: LinearSpec, /) -> None:
         """Do nothing: the weights are used as they were loaded."""

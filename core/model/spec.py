@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from core.sharding import Share, Span
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 NormStyle = Literal["plain", "one_plus"]
 """`plain` multiplies by w after casting back to the dtype, `one_plus` by 1 + w before."""
@@ -96,6 +98,21 @@ class ModelSpec:
     def kv_size(self) -> int:
         """Output features of all key heads, or of all value heads."""
         return self.num_kv_heads * self.head_dim
+
+    def whole_share(self) -> Share:
+        """Describe a rank that holds everything."""
+        return Share(
+            layers=Span(0, self.num_layers),
+            heads=Span(0, self.num_heads),
+            kv_heads=Span(0, self.num_kv_heads),
+            inner=Span(0, self.intermediate_size),
+            vocab=Span(0, self.vocab_size),
+        )
+
+    def num_linear_parameters(self) -> int:
+        """Count the elements of the matrices that a quantizer stores: all but embedding and head."""
+        attention = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     def num_parameters(self) -> int:
         """Count the elements of all weights; tied ones once."""

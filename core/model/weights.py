@@ -6,10 +6,11 @@ first byte of a weight is copied.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -18,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from core.errors import CheckpointError
-from core.interfaces import TensorSpec
+from core.interfaces import Axis, LinearSpec, TensorSpec
+from core.model.decoder import EMBEDDING, HEAD
+from core.sharding import Span, covering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-_HEAD: Final = "lm_head.weight"
-_EMBEDDING: Final = "model.embed_tokens.weight"
+_HEAD: Final = f"{HEAD}.weight"
+_EMBEDDING: Final = f"{EMBEDDING}.weight"
 _HARMLESS_SUFFIX: Final = ".rotary_emb.inv_freq"  # older exports stored what the config implies
 _MAX_LISTED: Final = 10
 _ROWS_AT_ONCE: Final = 4096
@@ -123,6 +126,10 @@ def _shard_name(name: str) -> str:
     return name
 
 
+Part = tuple[tuple[Span, ...] | None, ...]
+"""For each dimension of a stored tensor the indices to read; `None`, as for missing ones: all."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file."""
 
@@ -152,22 +159,29 @@ class CheckpointReader:
                 )
             self._add(file, sorted(names), spec)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor.
+    def read(self, name: str, part: Part = ()) -> torch.Tensor:
+        """Read one tensor, or a part of it; the rest of it is not touched.
 
         :raises CheckpointError: the file is damaged.
         """
         stored = self.tensors[name]
+        handle = self._handles[stored.file]
         try:
-            tensor: torch.Tensor = self._handles[stored.file].get_tensor(stored.name)
+            if all(spans is None for spans in part):
+                tensor: torch.Tensor = handle.get_tensor(stored.name)
+                return tensor
+            return _read_part(handle.get_slice(stored.name), part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{stored.file}: cannot read {stored.name}: {error}") from error
-        return tensor
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors; call after their dtypes have been checked."""
-        return sum(math.prod(t.shape) * _DTYPES[t.dtype].itemsize for t in self.tensors.values())
+    def num_bytes(self, name: str, part: Part = ()) -> int:
+        """Bytes of a tensor or of a part of it; call after its dtype has been checked."""
+        stored = self.tensors[name]
+        sizes = [
+            size if spans is None else sum(span.size for span in spans)
+            for size, spans in itertools.zip_longest(stored.shape, part)
+        ]
+        return math.prod(sizes) * _DTYPES[stored.dtype].itemsize
 
     def _add(self, file: Path, names: Iterable[str], spec: ModelSpec) -> None:
         for stored_name in names:
@@ -191,6 +205,24 @@ def _open(file: Path, device: torch.device, stack: ExitStack) -> Any:
         raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
 
 
+def _read_part(view: Any, part: Part) -> torch.Tensor:
+    """Read the blocks that the spans of all dimensions select, and join them."""
+    choices = [
+        (slice(None),) if spans is None else tuple(slice(*span) for span in spans) for spans in part
+    ]
+    tensor = _join(view, choices, ())
+    return tensor.contiguous()
+
+
+def _join(view: Any, choices: Sequence[tuple[slice, ...]], chosen: tuple[slice, ...]) -> torch.Tensor:
+    dim = len(chosen)
+    if dim == len(choices):
+        tensor: torch.Tensor = view[chosen]
+        return tensor
+    parts = [_join(view, choices, (*chosen, one)) for one in choices[dim]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def _rename(name: str, spec: ModelSpec) -> str:
     for old, new in spec.renames:
         if name.startswith(old):
@@ -207,7 +239,17 @@ class _Load:
 
     prefix: str
     tensors: Mapping[str, TensorSpec]
+    """As the checkpoint holds them."""
+    parts: Mapping[str, Part]
+    """What this rank reads of each; all of those that are missing here."""
     apply: Callable[[Mapping[str, torch.Tensor]], None]
+
+    def names(self, reader: CheckpointReader) -> Iterator[tuple[str, str, Part]]:
+        """Suffix, name and part of each tensor that the checkpoint holds."""
+        for suffix in self.tensors:
+            name = f"{self.prefix}.{suffix}"
+            if name in reader.tensors:
+                yield suffix, name, self.parts.get(suffix, ())
 
 
 def load_weights(
@@ -218,7 +260,7 @@ def load_weights(
     report: Callable[[int, int], None] = lambda _done, _total: None,
     revision: str | None = None,
 ) -> None:
-    """Fill a decoder from a checkpoint.
+    """Fill a decoder from a checkpoint.  A rank that holds a part of the model reads no other bytes.
 
     :param path: folder or name of a repository.
     :param device: of the decoder.
@@ -232,12 +274,14 @@ def load_weights(
     with ExitStack() as stack, torch.no_grad():
         reader = CheckpointReader(list_files(folder), decoder.spec, device, stack)
         if decoder.spec.tied:
-            _drop_tied_head(reader)
-        _check(reader, loads, folder)
-        num_read, total = 0, reader.num_bytes
-        for load in loads:
+            _drop_tied_head(reader, decoder)
+        _check(reader, loads, set(_whole_names(decoder)), folder)
+        wanted = [list(load.names(reader)) for load in loads]
+        total = sum(reader.num_bytes(name, part) for names in wanted for _, name, part in names)
+        num_read = 0
+        for load, names in zip(loads, wanted, strict=True):
             report(num_read, total)
-            tensors = {s: reader.read(f"{load.prefix}.{s}") for s in load.tensors}
+            tensors = {suffix: reader.read(name, part) for suffix, name, part in names}
             load.apply(tensors)
             num_read += sum(tensor.nbytes for tensor in tensors.values())
         report(total, total)
@@ -246,26 +290,65 @@ def load_weights(
 
 def finalize(decoder: Decoder) -> None:
     """Let the scheme repack what was loaded."""
-    for spec, module in decoder.linears():
-        decoder.scheme.finalize(module, spec)
+    for linear, module, scheme in decoder.linears():
+        scheme.finalize(module, linear.local)
 
 
 def _loads(decoder: Decoder) -> Iterator[_Load]:
-    for name, weight in decoder.plain_weights():
-        prefix, _, suffix = name.rpartition(".")
-        yield _Load(prefix, {suffix: TensorSpec(tuple(weight.shape))}, partial(_copy, weight, suffix))
-    scheme = decoder.scheme
-    for spec, module in decoder.linears():
-        for shard, (prefix, _) in enumerate(spec.shards):
-            apply = partial(scheme.load, module, spec, shard)
-            yield _Load(prefix, scheme.tensors(spec, shard), apply)
+    for weight in decoder.plain_weights():
+        prefix, _, suffix = weight.name.rpartition(".")
+        parts: dict[str, Part] = {} if weight.rows is None else {suffix: ((weight.rows,),)}
+        tensors = {suffix: TensorSpec(weight.whole_shape)}
+        yield _Load(prefix, tensors, parts, partial(_copy, weight.parameter, suffix))
+    for (local, whole), module, scheme in decoder.linears():
+        stored = replace(whole, bias=local.bias)  # some ranks leave it to another one
+        for shard, (prefix, _) in enumerate(whole.shards):
+            tensors = dict(scheme.tensors(stored, shard))
+            parts = {} if local.cut is None else _parts(tensors, local, shard)
+            yield _Load(prefix, tensors, parts, partial(scheme.load, module, local, shard))
+
+
+def _parts(tensors: Mapping[str, TensorSpec], local: LinearSpec, shard: int) -> dict[str, Part]:
+    spans = {"in": local.input_spans, "out": local.output_spans(shard)}
+    return {
+        suffix: tuple(
+            None if axis is None else _indices(axis, spans[axis.along], local.shards[shard][0], suffix)
+            for axis in tensor.axes
+        )
+        for suffix, tensor in tensors.items()
+    }
+
+
+def _indices(axis: Axis, spans: Sequence[Span], prefix: str, suffix: str) -> tuple[Span, ...]:
+    """Find what a rank reads along one dimension.
+
+    :raises CheckpointError: the rank's part begins or ends inside of an index that cannot be shared.
+    """
+    if not axis.shared:
+        odd = [bound for span in spans for bound in span if bound % axis.step]
+        if odd:
+            raise CheckpointError(
+                f"{prefix}.{suffix} holds {axis.step} {axis.along}put features per index, but a rank's "
+                f"part of the layer begins or ends at feature {odd[0]}; use another "
+                f"--tensor-parallel-size"
+            )
+    return tuple(covering(spans, axis.step))
+
+
+def _whole_names(decoder: Decoder) -> Iterator[str]:
+    """Every tensor that the whole model wants, on whichever rank."""
+    yield from decoder.whole_plain_names()
+    for whole, scheme in decoder.whole_linears():
+        for shard, (prefix, _) in enumerate(whole.shards):
+            for suffix in scheme.tensors(whole, shard):
+                yield f"{prefix}.{suffix}"
 
 
 def _copy(weight: nn.Parameter, suffix: str, tensors: Mapping[str, torch.Tensor]) -> None:
     weight.copy_(tensors[suffix])
 
 
-def _drop_tied_head(reader: CheckpointReader) -> None:
+def _drop_tied_head(reader: CheckpointReader, decoder: Decoder) -> None:
     """Pass over an output projection that repeats the embedding, or take it for a missing one.
 
     :raises CheckpointError: it differs, so that the config is wrong.
@@ -273,9 +356,10 @@ def _drop_tied_head(reader: CheckpointReader) -> None:
     head = reader.tensors.get(_HEAD)
     if head is None:
         return
+    part: Part = ((decoder.share.vocab,),)
     if _EMBEDDING not in reader.tensors:
         reader.tensors[_EMBEDDING] = head
-    elif not torch.equal(reader.read(_HEAD), reader.read(_EMBEDDING)):
+    elif not torch.equal(reader.read(_HEAD, part), reader.read(_EMBEDDING, part)):
         raise CheckpointError(
             f"{head.file}: {head.name} differs from the embedding, but the config says that they are "
             f"tied; set tie_word_embeddings to false in config.json"
@@ -283,26 +367,31 @@ def _drop_tied_head(reader: CheckpointReader) -> None:
     del reader.tensors[_HEAD]
 
 
-def _check(reader: CheckpointReader, loads: Sequence[_Load], folder: Path) -> None:
+def _check(
+    reader: CheckpointReader, loads: Sequence[_Load], whole_names: set[str], folder: Path
+) -> None:
     """Compare what is stored with what is wanted.
 
     :raises CheckpointError: the first kind of problem, with up to ten tensors that have it.
     """
     wanted = {f"{load.prefix}.{s}": tensor for load in loads for s, tensor in load.tensors.items()}
-    missing = [name for name in wanted if name not in reader.tensors]
+    missing = [n for n, tensor in wanted.items() if n not in reader.tensors and not tensor.optional]
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
     extra = [
         f"{stored.name} ({stored.file.name})"
         for name, stored in reader.tensors.items()
-        if name not in wanted and not name.endswith(_HARMLESS_SUFFIX)
+        if name not in whole_names and not name.endswith(_HARMLESS_SUFFIX)
     ]
     if extra:
         raise CheckpointError(
             f"{folder} holds {len(extra)} tensors that the model does not have: {_some(extra)}"
         )
     problems = [
-        problem for name in wanted for problem in _mismatches(reader.tensors[name], wanted[name])
+        problem
+        for name, tensor in wanted.items()
+        if name in reader.tensors
+        for problem in _mismatches(reader.tensors[name], tensor)
     ]
     if problems:
         raise CheckpointError("; ".join(problems[:_MAX_LISTED]) + _rest(problems))
@@ -337,17 +426,18 @@ def load_dummy(decoder: Decoder, seed: int) -> None:
 
     :param seed: the same one gives the same values on the same kind of device.
     """
-    generator = torch.Generator(decoder.embedding.weight.device).manual_seed(seed)
+    device = next(decoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     neutral = 0.0 if decoder.spec.norm_style == "one_plus" else 1.0
     with torch.no_grad():
-        for name, weight in decoder.plain_weights():
-            if name == _EMBEDDING:
-                _fill(name, weight, decoder.spec.hidden_size, generator)
+        for weight in decoder.plain_weights():
+            if weight.name == _EMBEDDING:
+                _fill(weight.name, weight.parameter, decoder.spec.hidden_size, generator)
             else:
-                weight.fill_(neutral)
-        for spec, module in decoder.linears():
+                weight.parameter.fill_(neutral)
+        for linear, module, _ in decoder.linears():
             for name, tensor in _tensors_of(module):
-                _fill(name, tensor, spec.in_features, generator)
+                _fill(name, tensor, linear.whole.in_features, generator)
         finalize(decoder)
 
 

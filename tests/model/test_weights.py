@@ -53,10 +53,10 @@ def edit_index(folder, change):
 def test_the_decoder_wants_the_names_that_transformers_writes(variant, checkpoint, build):
     spec = read_model(load_hf_config(checkpoint(variant)))
     decoder = build(spec)
-    wanted = {name for name, _ in decoder.plain_weights()}
-    for linear, _ in decoder.linears():
-        for shard, (prefix, _) in enumerate(linear.shards):
-            wanted |= {f"{prefix}.{name}" for name in decoder.scheme.tensors(linear, shard)}
+    wanted = {weight.name for weight in decoder.plain_weights()}
+    for linear, _, scheme in decoder.linears():
+        for shard, (prefix, _) in enumerate(linear.whole.shards):
+            wanted |= {f"{prefix}.{name}" for name in scheme.tensors(linear.whole, shard)}
     stored = set()
     for name in load_file(checkpoint(variant) / SINGLE_FILE):
         if not name.startswith(spec.ignored_prefixes):
@@ -339,7 +339,7 @@ def test_dummy_weights_fill_the_buffers_of_any_scheme(checkpoint, build, run):
     spec = read_model(load_hf_config(checkpoint("llama3")))
     decoder = build(spec, scheme=PackedScheme())
     load_dummy(decoder, 0)
-    for _, module in decoder.linears():
+    for _, module, _ in decoder.linears():
         assert module.packed.min() == 0
         assert module.packed.max() == 255
         assert (module.weight_scale > 0).all()
@@ -368,7 +368,7 @@ def test_the_tensors_of_a_scheme_are_read_with_its_dtypes(folder, build):
         stored[Q_PROJ.replace("q_proj", p).replace("weight", "packed")] for p in ("q_proj", "k_proj")
     ]
     torch.testing.assert_close(decoder.layers[0].qkv_proj.packed[:96], torch.cat(qkv))
-    assert all(module.num_finalized == 1 for _, module in decoder.linears())
+    assert all(module.num_finalized == 1 for _, module, _ in decoder.linears())
 
     edit(folder, put(Q_PROJ.replace("weight", "packed"), torch.ones(64, 64)))
     with pytest.raises(CheckpointError, match="has dtype F32, but uint8 is needed"):

@@ -1,0 +1,4 @@
+"""What quantizers have in common: names, packed integers, a layer that dequantizes, and calibration.
+
+Nothing here knows a format; those are the quantizers' own.
+"""

@@ -1,0 +1,1 @@
+"""Strategies that spread a model over ranks."""

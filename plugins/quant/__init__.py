@@ -1,0 +1,1 @@
+"""Quantizers: how the weights of linear layers are stored and applied."""

@@ -1,0 +1,5 @@
+"""FP8 weights."""
+
+from __future__ import annotations
+
+core_api = "1.0"

@@ -1,0 +1,5 @@
+"""GPTQ weights."""
+
+from __future__ import annotations
+
+core_api = "1.0"
