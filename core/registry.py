@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from core.model.spec import ModelSpec
+    from core.quant.calibration import LayerQuantizer, QuantizeOptions
     from core.sharding import Share, Span
 
 
@@ -102,6 +103,9 @@ class QuantizerEntry(Descriptor):
     """Bits that an element of a linear layer takes, scales included; `None`: those of the dtype."""
     cut_step: Callable[[Requirements], int] = _any_step
     """Features by multiples of which layers are best cut for several ranks, such as a group's size."""
+    make_writer: Callable[[QuantizeOptions], LayerQuantizer] | None = None
+    """Makes what `python -m core quantize --method NAME` writes checkpoints with; raises `ConfigError`
+    for options that it cannot serve; `None` if it only reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
