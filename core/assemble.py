@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -112,6 +112,8 @@ class Plan:
     + rank within the stage."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """`quantization_config` of the checkpoint; empty if it is not quantized."""
     notes: tuple[str, ...] = ()
     """What was decided for the user, worth a line at start."""
 
@@ -173,6 +175,7 @@ class Plan:
             "kv_cache_dtype": self.kv_cache_dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
+            "quantization": self.quantization,
             "shares": [dataclasses.asdict(share) for share in self.shares],
             "notes": list(self.notes),
         }
@@ -416,6 +419,7 @@ class _Draft:
             shares=shares,
             tensor_parallel_size=self.sizes["tensor"],
             pipeline_parallel_size=self.sizes["pipeline"],
+            quantization=self.requirements.quantization_config,
             notes=tuple(self.notes),
         )
 
