@@ -122,6 +122,11 @@ class Plan:
         """Ranks in all."""
         return len(self.shares)
 
+    @property
+    def sampling_rank(self) -> int:
+        """The rank that draws tokens: the first one of the last stage."""
+        return self.world_size - self.tensor_parallel_size
+
     def factory(self, kind: str) -> Callable[..., Any]:
         """Return the factory of the part chosen for a kind."""
         return self.choices[kind].registered.descriptor.factory
@@ -259,6 +264,8 @@ class Assembly:
     host: PluginHost
     registry: Registry
     plan: Plan
+    defaults: tuple[str, ...]
+    """Of `ActivePlugins`, for the processes of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +276,8 @@ class Parts:
     scheme: QuantScheme
     sampler: Sampler
     rank: int = 0
+    device: str = ""
+    """Of this rank, such as `cuda:1`; empty: the plan's."""
     tensor: TensorParallel | None = None
     """`None` if no other rank holds a part of the same layers."""
     pipeline: PipelineParallel | None = None
@@ -316,7 +325,7 @@ def resolve(config: EngineConfig, active: ActivePlugins | None = None) -> Assemb
     objections = [*draft.objections, *active.host.check_plan(plan)]
     if objections:
         raise PlanError(objections)
-    return Assembly(active.host, active.registry, plan)
+    return Assembly(active.host, active.registry, plan, active.defaults)
 
 
 def _needed_plugins(config: EngineConfig) -> dict[str, str]:
@@ -332,6 +341,9 @@ def _needed_plugins(config: EngineConfig) -> dict[str, str]:
         needed["parallel.tp"] = f"--tensor-parallel-size {config.tensor_parallel_size}"
     if config.pipeline_parallel_size > 1:
         needed["parallel.pp"] = f"--pipeline-parallel-size {config.pipeline_parallel_size}"
+    if config.distributed_executor_backend != "mp":
+        backend = config.distributed_executor_backend
+        needed[f"parallel.{backend}"] = f"--distributed-executor-backend {backend}"
     return needed
 
 
@@ -394,6 +406,8 @@ class _Draft:
         self._choose_attention()
         for kind in ("scheduler", "kv_cache", "executor", "sampler"):
             self._choose_named(kind, getattr(self.config, kind))
+        if self.sizes["tensor"] * self.sizes["pipeline"] > 1:
+            self._choose_named("launcher", self.config.distributed_executor_backend)
         template = self.config.chat_template
         if template is not None and not Path(template).is_file():
             self.objections.append(f"--chat-template {template}: there is no such file")
@@ -490,8 +504,7 @@ class _Draft:
         self.choices[kind] = Choice(kind, registered, self._origin(kind))
 
     def _origin(self, kind: str) -> str:
-        field = "attention_backend" if kind == "attention" else kind
-        return self.config.origin_of(field)
+        return self.config.origin_of(_FIELDS.get(kind, kind))
 
     def _choose_auto(self, kind: str, candidates: list[Registered]) -> None:
         able, reasons = [], []
@@ -654,6 +667,8 @@ class _Draft:
         return 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
 
 
+_FIELDS: Final = {"attention": "attention_backend", "launcher": "distributed_executor_backend"}
+"""Settings that are not called as the kind whose part they name."""
 _DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _KV_DTYPES: Final = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
@@ -689,7 +704,7 @@ def _format_bytes(count: float) -> str:
 # --- building --------------------------------------------------------------------------------------
 
 
-def make_parts(plan: Plan, rank: int = 0) -> Parts:
+def make_parts(plan: Plan, rank: int = 0, device: str = "") -> Parts:
     """Build what an executor is made of, on one rank.
 
     With several ranks torch.distributed has to be there, and all of them call this.
@@ -700,6 +715,7 @@ def make_parts(plan: Plan, rank: int = 0) -> Parts:
         scheme=plan.factory("quant")(plan),
         sampler=plan.factory("sampler")(plan),
         rank=rank,
+        device=device,
         tensor=plan.factory("tensor")(plan, rank) if "tensor" in choices else None,
         pipeline=plan.factory("pipeline")(plan, rank) if "pipeline" in choices else None,
     )
@@ -721,8 +737,7 @@ def build_engine(
     """
     host, plan = assembly.host, assembly.plan
     report(Status(Phase.LOADING))
-    host.worker_started(0, plan.device)
-    executor = host.make_executor(plan, 0, lambda: _make(plan, Executor, "executor", make_parts(plan)))
+    executor = _make_executor(assembly)
     try:
         executor.load(lambda done, total: report(Status(Phase.LOADING, done, total)))
         report(Status(Phase.PROFILING))
@@ -749,6 +764,26 @@ def build_engine(
     )
     host.engine_started(engine)
     return engine
+
+
+def _make_executor(assembly: Assembly) -> Executor:
+    """Build the executor: of this process, or one that starts a process for each rank."""
+    plan = assembly.plan
+    if plan.world_size > 1:
+        from core.ranks.executor import RankExecutor, Recipe  # noqa: PLC0415  not needed by one rank
+
+        launcher = plan.factory("launcher")(plan)
+        return RankExecutor(Recipe(plan, assembly.defaults), launcher)
+    assembly.host.worker_started(0, plan.device)
+    return make_rank_executor(assembly, make_parts(plan))
+
+
+def make_rank_executor(assembly: Assembly, parts: Parts) -> Executor:
+    """Build the executor of one rank, in its process."""
+    plan = assembly.plan
+    return assembly.host.make_executor(
+        plan, parts.rank, lambda: _make(plan, Executor, "executor", parts)
+    )
 
 
 def _make(plan: Plan, protocol: type, kind: str, *arguments: Any) -> Any:

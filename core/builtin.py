@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from core.hookspecs import hookimpl
 from core.kv_cache import PagedKVCache
-from core.registry import ExecutorEntry, KVCacheEntry, QuantizerEntry, SamplerEntry, SchedulerEntry
+from core.registry import (
+    ExecutorEntry,
+    KVCacheEntry,
+    LauncherEntry,
+    QuantizerEntry,
+    SamplerEntry,
+    SchedulerEntry,
+)
 from core.scheduler import TokenBudgetScheduler
 
 if TYPE_CHECKING:
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
 
     from core.assemble import Parts, Plan
     from core.interfaces import Executor, KVCache
+    from core.ranks.executor import Launcher
     from core.registry import ModelEntry
 
 core_api = "1.0"
@@ -46,6 +54,13 @@ def make_single_executor(plan: Plan, parts: Parts) -> Executor:
     return TorchExecutor(plan, parts)
 
 
+def make_launcher(plan: Plan) -> Launcher:
+    """Build what starts ranks as child processes."""
+    from core.ranks.launch import make_process_launcher  # noqa: PLC0415  not needed by one rank
+
+    return make_process_launcher(plan)
+
+
 def make_paged_kv_cache(plan: Plan, num_blocks: int) -> PagedKVCache:
     """Build block tables and prefix cache over a block pool of the core."""
     from core.blocks import BlockPool  # noqa: PLC0415  next to its only use
@@ -67,6 +82,7 @@ def make_token_budget_scheduler(plan: Plan, kv_cache: KVCache) -> TokenBudgetSch
         max_num_batched_tokens=config.max_num_batched_tokens,
         policy=config.scheduling_policy,
         long_prefill_threshold=config.long_prefill_token_threshold,
+        num_micro_batches=plan.pipeline_parallel_size,
     )
 
 
@@ -98,6 +114,13 @@ def core_register_executors() -> Iterable[ExecutorEntry]:
     """Contribute `single`."""
     summary = "one rank on one device, plain torch"
     return [ExecutorEntry(name="single", factory=make_single_executor, summary=summary)]
+
+
+@hookimpl
+def core_register_launchers() -> Iterable[LauncherEntry]:
+    """Contribute `mp`."""
+    summary = "ranks as child processes, on this machine and on those that join"
+    return [LauncherEntry(name="mp", factory=make_launcher, summary=summary)]
 
 
 @hookimpl

@@ -262,6 +262,16 @@ class EngineConfig(BaseModel):
         "Parallelism", "Stages that the layers are divided into; enables parallel.pp.", 1, "-pp"
     )
 
+    distributed_executor_backend: Annotated[Name, _WORD] = _field(
+        "Parallelism", "Who starts the ranks: mp, or ray, which enables parallel.ray.", "mp"
+    )
+    rank_timeout: Seconds = _field(
+        "Parallelism", "Seconds after which a rank that does not answer is given up.", 10.0
+    )
+    step_timeout: Seconds = _field(
+        "Parallelism", "Seconds that a step of several ranks may take.", 120.0
+    )
+
     host: Text = _field(
         "Server",
         "Address to listen on; only 127.0.0.1 and ::1 cannot be reached from elsewhere.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from core.errors import IntegrityError, RequestError
+from core.errors import DeviceLostError, IntegrityError, RequestError
 from core.events import (
     SCHEDULER_EVENTS,
     BlocksEvicted,
@@ -23,7 +23,9 @@ from core.events import (
     RequestRefused,
     StepCompleted,
     StepFailed,
+    WorkerLost,
 )
+from core.interfaces import SupportsRecovery
 from core.messages import Command, Ended, Finish, OutputBatch, Submit
 from core.request import FinishReason, Request
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SHUTDOWN: Final = "shutdown"
+MAX_LOSSES: Final = 3
+"""Losses of devices without a completed step between them, after which the engine gives up."""
 _WAKE: Final = None  # put into the inbox to end a blocking wait
 
 
@@ -73,6 +77,7 @@ class EngineCore:
         self._is_stopped = False
         self._was_idle = True
         self._num_completed = 0
+        self._num_losses = 0  # of devices since a step came back
         scheduler.record_events = bus.wants(*SCHEDULER_EVENTS)
         kv_cache.record_events = bus.wants(BlocksEvicted)
         if bus.is_active:
@@ -193,6 +198,9 @@ class EngineCore:
         plan, submitted_at = self._submitted.popleft()
         try:
             result = self.executor.collect()
+        except DeviceLostError as error:
+            self._recover(plan, error)
+            return
         except Exception as error:  # noqa: BLE001  whatever a step raises must not end the engine
             self._fail(plan, error)
             return
@@ -203,6 +211,27 @@ class EngineCore:
         elif self.bus.is_active:
             self._publish([])
         self._num_completed += 1
+        self._num_losses = 0
+
+    def _recover(self, plan: StepPlan, error: DeviceLostError) -> None:
+        """Get lost devices back and compute again what they held: no client notices but by the time.
+
+        The requests of a step that has cost the devices twice are ended: one of them may be the cause.
+
+        :raises DeviceLostError: it happens again and again.
+        """
+        log.error("devices lost", step=plan.step, rank=error.rank, reason=str(error))
+        self.bus.note(WorkerLost(error.rank, str(error)))
+        self._num_losses += 1
+        if self._num_losses > MAX_LOSSES or not isinstance(self.executor, SupportsRecovery):
+            raise error
+        self._submitted.clear()
+        if self._num_losses > 1:
+            self._emit(plan, self.scheduler.fail(str(error)))
+        self.scheduler.restart()
+        self.kv_cache.reset()
+        self._publish([])
+        self.executor.recover()
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the requests of all steps in flight; the rest goes on.

@@ -115,6 +115,17 @@ class EngineDeadError(CytheraError):
     """The engine loop has ended, so no request can be served any more; the cause is chained."""
 
 
+class DeviceLostError(CytheraError):
+    """A rank died, hung or failed in a step; what the devices held is lost.
+
+    :param rank: the one that is to blame, as far as can be told.
+    """
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class EngineStartError(CytheraError):
     """The engine's process has failed before it was ready, or died.
 

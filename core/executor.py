@@ -60,17 +60,27 @@ class _Launched:
 class TorchExecutor:
     """Fulfils `core.interfaces.Executor` on one device with plain torch.
 
+    Where several ranks run a model, each has one of these, and all are given the same plans.  The
+    first rank of the last stage samples; results of the others hold no tokens.
+
     :param plan: the resolved plan.
-    :param parts: attention backend, quantization scheme and sampler, built from the same plan.
+    :param parts: attention backend, quantization scheme, sampler and the links to other ranks, built
+        from the same plan.
     """
 
     def __init__(self, plan: Plan, parts: Parts) -> None:
-        self.device = torch.device(plan.device)
+        self.device = torch.device(parts.device or plan.device)
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         is_cpu = self.device.type == "cpu"
         self.max_in_flight = plan.config.max_in_flight or (1 if is_cpu else 2)
         self._plan = plan
         self._share = plan.shares[parts.rank]
+        self._tensor = parts.tensor
+        self._pipeline = parts.pipeline
+        self._rank = parts.rank
+        self._is_sampling = self._share.tensor_rank == 0
+        # With one stage its own ranks embed what they draw; with several, tokens come with the plan.
+        self._shares_tokens = parts.tensor is not None and parts.pipeline is None
         self._attention = parts.attention
         self._sampler = parts.sampler
         self._entries: dict[int, RowEntry] = {}  # who sits in each row
@@ -191,7 +201,8 @@ class TorchExecutor:
         plan = StepPlan(0, rows=list(range(num_rows)), starts=[0] * num_rows, counts=[count] * num_rows)
         with torch.inference_mode():
             hidden = self._forward(self._state.make_batch(plan))
-            self._decoder.logits(hidden[: config.max_num_seqs])
+            if self._decoder.is_last:
+                self._logits(hidden[: config.max_num_seqs])
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
@@ -220,24 +231,42 @@ class TorchExecutor:
 
     def _launch(self, launched: _Launched) -> None:
         plan = launched.plan
+        if plan.drawn is not None:
+            self._state.store(*torch.tensor(plan.drawn).to(self.device, non_blocking=True).unbind())
         for entry in plan.added:
             self._entries[entry.row] = entry
             self._sampler.add(entry)
         self._state.update(plan)
         batch = self._state.make_batch(plan)
         hidden = self._forward(batch)
-        self._launch_prompt_logprobs(launched, hidden)
-        launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
-        if launched.sampling:
-            self._launch_sampling(launched, batch, hidden)
+        if self._decoder.is_last:
+            self._launch_prompt_logprobs(launched, hidden)
+            launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
+            if launched.sampling:
+                self._launch_sampling(launched, batch, hidden)
         if self.device.type == "cuda":
             launched.done = torch.cuda.Event()
             launched.done.record(torch.cuda.current_stream(self.device))
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         meta = self._attention.prepare(batch)
-        hidden: torch.Tensor = self._decoder.forward(batch.token_ids, batch.positions, meta)
+        stream = batch.token_ids
+        if self._pipeline is not None and not self._decoder.is_first:
+            shape = (batch.num_tokens, self._plan.model.hidden_size)
+            stream = self._pipeline.recv(torch.empty(shape, dtype=self.dtype, device=self.device))
+        hidden: torch.Tensor = self._decoder.forward(stream, batch.positions, meta)
+        if self._pipeline is not None and not self._decoder.is_last:
+            self._pipeline.send(hidden)
         return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Score the whole vocabulary: [N, V], complete on the rank that samples."""
+        logits = self._decoder.logits(hidden)
+        if self._tensor is None:
+            return logits
+        stage = self._rank - self._share.tensor_rank
+        shares = self._plan.shares[stage : stage + self._tensor.size]
+        return self._tensor.gather(logits, [share.vocab.size for share in shares])
 
     def _launch_sampling(self, launched: _Launched, batch: StepBatch, hidden: torch.Tensor) -> None:
         plan, sampling = launched.plan, launched.sampling
@@ -247,15 +276,25 @@ class TorchExecutor:
         if len(sampling) < batch.num_rows:
             chosen = torch.tensor(sampling).to(self.device, non_blocking=True)
             last, rows, positions = last[chosen], rows[chosen], positions[chosen]
-        logits = self._decoder.logits(hidden[last])
+        logits = self._logits(hidden[last])
+        if not self._is_sampling:
+            if self._shares_tokens:
+                self._state.store(rows, positions, self._share_tokens(torch.empty_like(rows)))
+            launched.sampling = []
+            return
         sampled: Sampled = self._sampler.sample(logits, SampleRows(rows, positions, row_list))
-        self._state.store(rows, positions, sampled.tokens)
+        tokens = self._share_tokens(sampled.tokens) if self._shares_tokens else sampled.tokens
+        self._state.store(rows, positions, tokens)
         launched.tokens = self._to_host(sampled.tokens)
         if sampled.logprobs is not None:
             launched.logprobs = LogprobTensors(*map(self._to_host, sampled.logprobs))
             for index, row in zip(sampling, row_list, strict=True):
                 if self._entries[row].params.logprobs is not None:
                     launched.entries[index] = self._entries[row]
+
+    def _share_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Give the drawn tokens to the ranks that will embed them."""
+        return tokens if self._tensor is None else self._tensor.broadcast(tokens)
 
     def _launch_prompt_logprobs(self, launched: _Launched, hidden: torch.Tensor) -> None:
         plan, offset = launched.plan, 0
@@ -278,7 +317,7 @@ class TorchExecutor:
         """Report on some positions; their logits exist for a few of them at a time only."""
         token_ids = torch.tensor(targets).to(self.device, non_blocking=True)
         parts = [
-            gather_logprobs(self._decoder.logits(rows), ids, num_top)
+            gather_logprobs(self._logits(rows), ids, num_top)
             for rows, ids in zip(hidden.split(_LOGIT_ROWS), token_ids.split(_LOGIT_ROWS), strict=True)
         ]
         return LogprobTensors(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ExecutorEntry,
         FrontendEntry,
         KVCacheEntry,
+        LauncherEntry,
         ModelEntry,
         ParallelEntry,
         QuantizerEntry,
@@ -128,6 +129,19 @@ def core_register_executors() -> Iterable[ExecutorEntry]:  # type: ignore[empty-
     """Contribute executors, chosen with `--executor`.
 
     Called once, in every process.
+
+    :return: descriptors; `None` or nothing for none.
+    :raises Exception: aborts the start and names the plugin.
+
+    Since API 1.0.
+    """
+
+
+@hookspec
+def core_register_launchers() -> Iterable[LauncherEntry]:  # type: ignore[empty-body]
+    """Contribute launchers, which start the processes of several ranks.
+
+    Chosen with `--distributed-executor-backend`.  Called once, in every process.
 
     :return: descriptors; `None` or nothing for none.
     :raises Exception: aborts the start and names the plugin.

@@ -206,6 +206,9 @@ class Scheduler(Protocol):
     def fail(self, error: str, /) -> StepOutputs:
         """End every request that the steps in flight scheduled, and forget those steps."""
 
+    def restart(self) -> None:
+        """Forget the steps in flight and recompute every running request: the KV cache was lost."""
+
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
@@ -264,6 +267,19 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give everything back; harmless when called twice."""
+
+
+@runtime_checkable
+class SupportsRecovery(Protocol):
+    """Optional: an executor that can lose its devices and get them back."""
+
+    def recover(self) -> None:
+        """Bring everything back to where `allocate` left it, with an empty KV cache.
+
+        Called after `collect` has raised `DeviceLostError`; steps in flight are forgotten.
+
+        :raises CytheraError: it cannot be brought back; the engine ends.
+        """
 
 
 # --- serving --------------------------------------------------------------------------------------
@@ -419,12 +435,15 @@ class TensorSpec:
     """A tensor that a checkpoint has to hold."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-    """`None` accepts any floating dtype."""
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+    """One, or those that are accepted; `None` accepts any floating dtype."""
     axes: tuple[Axis | None, ...] = ()
     """One for each dimension; `None`, as for missing ones: every rank reads all of it."""
     optional: bool = False
     """Whether the checkpoint may do without."""
+    can_broadcast: bool = False
+    """Whether a dimension may have size 1, or be left out at the end, because one number stands for
+    all along it: [], [1], [n] and [n, 1] are all fine for (n,).  Every rank reads that one."""
 
 
 @runtime_checkable

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 HEADER: Final = struct.Struct("<I")
 MAX_FRAME_BYTES: Final = 2**30
+READ_BYTES: Final = 2**20
+"""Read from a link at a time."""
 
 
 class Start(msgspec.Struct, tag=True):
@@ -116,7 +118,7 @@ class Framer:
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """Make one frame."""
     body = _encoder.encode(message)
     return HEADER.pack(len(body)) + body

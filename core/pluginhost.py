@@ -67,6 +67,7 @@ DESCRIPTOR_HOOKS: Final = {
     "core_register_schedulers": "scheduler",
     "core_register_kv_caches": "kv_cache",
     "core_register_executors": "executor",
+    "core_register_launchers": "launcher",
     "core_register_models": "model",
     "core_register_frontends": "frontend",
     "core_register_servers": "server",

@@ -30,6 +30,7 @@ from anyio.lowlevel import current_token
 from core.config import EngineConfig, restore_config
 from core.errors import CytheraError
 from core.link import (
+    READ_BYTES,
     Failed,
     Framer,
     FromEngine,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from core.engine import EngineCore
 
 Deliver = Callable[[list[FromEngine]], None]
-READ_BYTES: Final = 2**20
 EXIT_GRACE: Final = 10.0
 """Seconds that the child gets to end after its engine has stopped."""
 

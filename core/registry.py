@@ -160,6 +160,11 @@ class ExecutorEntry(Descriptor):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherEntry(Descriptor):
+    """What starts the processes of several ranks: `factory(plan) -> core.ranks.executor.Launcher`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry(Descriptor):
     """A model family: `factory(config) -> ModelSpec`, from a `transformers` config."""
 
@@ -189,6 +194,7 @@ KINDS: Final[dict[str, type[Descriptor]]] = {
     "scheduler": SchedulerEntry,
     "kv_cache": KVCacheEntry,
     "executor": ExecutorEntry,
+    "launcher": LauncherEntry,
     "model": ModelEntry,
     "frontend": FrontendEntry,
     "server": ServerEntry,

@@ -59,6 +59,9 @@ class TokenBudgetScheduler:
     :param max_num_batched_tokens: tokens of one step; at least `max_num_seqs`.
     :param policy: `fcfs` or `priority`.
     :param long_prefill_threshold: most tokens of one prompt in one step; 0 for no limit of its own.
+    :param num_micro_batches: steps that are on their way at the same time through the stages of a
+        pipeline.  Each then takes its part of the running requests, and a request whose token is
+        still being drawn waits for a later one.
     :param clock: monotonic seconds.
     """
 
@@ -70,6 +73,7 @@ class TokenBudgetScheduler:
         max_num_batched_tokens: int,
         policy: str = "fcfs",
         long_prefill_threshold: int = 0,
+        num_micro_batches: int = 1,
         record_events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -79,6 +83,7 @@ class TokenBudgetScheduler:
         self._block_size = kv_cache.block_size
         self._max_tokens = max_num_batched_tokens
         self._max_chunk = long_prefill_threshold or max_num_batched_tokens
+        self._num_micro_batches = num_micro_batches
         self._by_priority = policy == "priority"
         self._clock = clock
         self._requests: dict[str, Request] = {}
@@ -181,10 +186,11 @@ class TokenBudgetScheduler:
         Decodes are written out inline: this loop is most of what a step costs on the host.
         """
         block_size = self._block_size
-        spare = self._max_tokens - len(self._running)
+        running = self._running if self._num_micro_batches == 1 else self._next_micro_batch()
+        spare = self._max_tokens - len(running)
         decodes = step.requests
         chunks: list[tuple[Request, int]] = []
-        for request in self._running:  # shrinks behind us when somebody is preempted
+        for request in running:  # shrinks behind us when somebody is preempted
             start = request.num_computed
             if not request.is_decoding:
                 count = min(request.num_tokens - start, spare + 1, self._max_chunk)
@@ -197,7 +203,7 @@ class TokenBudgetScheduler:
             if (
                 start % block_size == 0
                 and start >= len(request.block_ids) * block_size
-                and not self._grow(plan, request, start + 1)
+                and not self._grow(plan, request, start + 1, running)
             ):
                 break
             decodes.append(request)
@@ -214,14 +220,24 @@ class TokenBudgetScheduler:
             self._schedule(plan, step, request, count)
         return spare
 
-    def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
-        """Reserve positions, preempting from the worst end; whether `request` survived that."""
+    def _next_micro_batch(self) -> list[Request]:
+        """Take an even part of the running requests, of those whose tokens are all known."""
+        limit = -(-len(self._running) // self._num_micro_batches)
+        return [request for request in self._running if not request.num_inflight][:limit]
+
+    def _grow(self, plan: StepPlan, request: Request, num_tokens: int, running: list[Request]) -> bool:
+        """Reserve positions, preempting from the worst end; whether `request` survived that.
+
+        :param running: what the caller still goes through; who is preempted leaves it too.
+        """
         num_blocks = len(request.block_ids)
         while not self._kv_cache.reserve(request, num_tokens):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
+            if running[-1] is victim:
+                running.pop()
         plan.appended.append(BlockAppend(request.row, num_blocks, request.block_ids[num_blocks:]))
         return True
 
@@ -420,6 +436,14 @@ class TokenBudgetScheduler:
         self._in_flight.clear()
         self._settle(outputs)
         return outputs
+
+    def restart(self) -> None:
+        """Forget the steps in flight and recompute every running request: the KV cache was lost."""
+        self._in_flight.clear()
+        for request in self._requests.values():
+            request.num_inflight = 0
+        for request in self._running.copy():
+            self._preempt(request)
 
     def _end_in_step(self, outputs: StepOutputs, request: Request, reason: FinishReason) -> None:
         """End a request but leave it in `_running`, which the caller filters once."""

@@ -53,6 +53,9 @@ class StepPlan(msgspec.Struct, array_like=True):
     counts: list[int] = []
     samples: list[bool] = []
     num_decodes: int = 0
+    drawn: tuple[list[int], list[int], list[int]] | None = None
+    """Rows, positions and tokens of results since the last step, for stages that did not draw them;
+    filled in by an executor of several stages."""
 
     @property
     def num_tokens(self) -> int:

@@ -47,6 +47,7 @@ _DTYPES: Final = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -246,10 +247,11 @@ class _Load:
 
     def names(self, reader: CheckpointReader) -> Iterator[tuple[str, str, Part]]:
         """Suffix, name and part of each tensor that the checkpoint holds."""
-        for suffix in self.tensors:
+        for suffix, tensor in self.tensors.items():
             name = f"{self.prefix}.{suffix}"
             if name in reader.tensors:
-                yield suffix, name, self.parts.get(suffix, ())
+                part, shape = self.parts.get(suffix, ()), reader.tensors[name].shape
+                yield suffix, name, _broadcast(part, shape) if tensor.can_broadcast else part
 
 
 def load_weights(
@@ -399,12 +401,25 @@ def _check(
 
 def _mismatches(stored: StoredTensor, wanted: TensorSpec) -> Iterator[str]:
     where = f"{stored.file}: {stored.name}"
-    if stored.shape != wanted.shape:
+    if not _is_shape(stored.shape, wanted):
         yield f"{where} has shape {list(stored.shape)}, but the config asks for {list(wanted.shape)}"
-    accepted = _CONVERTIBLE if wanted.dtype is None else (wanted.dtype,)
+    accepted = wanted.dtype or _CONVERTIBLE
+    accepted = accepted if isinstance(accepted, tuple) else (accepted,)
     if _DTYPES.get(stored.dtype) not in accepted:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         yield f"{where} has dtype {stored.dtype}, but {names} is needed"
+
+
+def _is_shape(shape: tuple[int, ...], wanted: TensorSpec) -> bool:
+    if not wanted.can_broadcast:
+        return shape == wanted.shape
+    pairs = itertools.zip_longest(shape, wanted.shape, fillvalue=1)
+    return all(size in (1, full) for size, full in pairs)
+
+
+def _broadcast(part: Part, shape: tuple[int, ...]) -> Part:
+    """Read the one index of a dimension whole, and no dimension that is left out."""
+    return tuple(None if size == 1 else spans for spans, size in zip(part, shape, strict=False))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,285 @@
+"""The engine's connection to its ranks: sends to all, hears from each, and finds out who is to blame.
+
+A rank is lost when its process ends, when it does not answer, when it gets no further, or when a step
+raises on it.  One lost rank stalls all others in their next collective, so the first sign of trouble
+may come from an innocent one: evidence is gathered for a moment before anybody is named.
+"""
+
+from __future__ import annotations
+
+import queue
+import selectors
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from core.errors import CytheraError, DeviceLostError
+from core.link import READ_BYTES, Framer, encode
+from core.ranks.messages import (
+    Done,
+    FromRank,
+    Joined,
+    Ping,
+    Pong,
+    Progress,
+    Refused,
+    StepBroken,
+    StepDone,
+    ToRank,
+)
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from core.step import StepResult
+
+PING_INTERVAL: Final = 1.0
+GATHERING: Final = 1.0
+"""Seconds in which further signs of trouble are gathered after the first one."""
+STACK_WAIT: Final = 0.5
+_MAX_STACK_LINES: Final = 30
+
+
+class RankHandle(Protocol):
+    """A rank that has been started, as its launcher knows it."""
+
+    sock: socket.socket
+    local_rank: int
+    local_world_size: int
+    name: str
+    """For people, such as `pid 4711`."""
+
+    def ended(self, timeout: float) -> str | None:
+        """Say how its process ended, waiting for the news for up to `timeout`; `None` if it runs."""
+
+    def dump_stack(self) -> str:
+        """Get the stacks of a process that does not answer; empty if that cannot be had."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What is known of one rank."""
+
+    rank: int
+    handle: RankHandle
+    framer: Framer = field(default_factory=lambda: Framer(FromRank))
+    is_gone: bool = False
+    last_heard: float = field(default_factory=time.monotonic)
+    pong: Pong = field(default_factory=lambda: Pong(-1, is_busy=False, seconds=0.0))
+    broken: StepBroken | None = None
+    progress: Progress | None = None
+
+    @property
+    def title(self) -> str:
+        return f"rank {self.rank} ({self.handle.name})"
+
+
+class RankGroup:
+    """All ranks of one engine.
+
+    :param answer_timeout: seconds after which a rank that does not answer is given up.
+    :param step_timeout: seconds that a step may take.
+    """
+
+    def __init__(
+        self, handles: Sequence[RankHandle], *, answer_timeout: float, step_timeout: float
+    ) -> None:
+        self.results: queue.SimpleQueue[StepResult | Exception] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[tuple[int, Joined | Done] | Exception] = queue.SimpleQueue()
+        self._ranks = [_Rank(rank, handle) for rank, handle in enumerate(handles)]
+        self._answer_timeout = answer_timeout
+        self._step_timeout = step_timeout
+        self._report: Callable[[int, int], None] | None = None
+        self._asked = 0.0  # when everybody was asked for their stack
+        self._waiting_since: float | None = None  # while an answer of any kind is due
+        self._last_step = -1
+        self._closed = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        for rank in self._ranks:
+            rank.handle.sock.settimeout(answer_timeout)
+            self._selector.register(rank.handle.sock, selectors.EVENT_READ, rank)
+        self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._thread.start()
+
+    # --- called by the executor ---
+
+    def send(self, message: ToRank, rank: int | None = None) -> None:
+        """Send to one rank, or to all; who cannot be reached is found by the watching thread."""
+        frame = encode(message)
+        for one in self._ranks if rank is None else [self._ranks[rank]]:
+            try:
+                one.handle.sock.sendall(frame)
+            except OSError:
+                one.is_gone = True
+
+    def ask_all(
+        self, message: ToRank | None, report: Callable[[int, int], None] | None = None
+    ) -> list[Joined | Done]:
+        """Send to all ranks and wait for the answer of each.
+
+        :param message: `None` only waits.
+        :param report: called with the bytes that all ranks have loaded and have to load.
+        :raises CytheraError: a rank has failed or is lost.
+        """
+        self._report = report
+        self._waiting_since = time.monotonic()
+        if message is not None:
+            self.send(message)
+        answers: dict[int, Joined | Done] = {}
+        while len(answers) < len(self._ranks):
+            reply = self.replies.get()
+            if isinstance(reply, Exception):
+                raise reply
+            answers[reply[0]] = reply[1]
+        self._waiting_since = None
+        return [answers[rank] for rank in range(len(self._ranks))]
+
+    def expect(self, step: int | None) -> None:
+        """Watch for a step's result from now on; `None` when none is due any more."""
+        if step is None:
+            self._waiting_since = None
+            return
+        self._last_step = step
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+
+    def restart_clock(self) -> None:
+        """Give the next step its full time: the one before it has come back."""
+        self._waiting_since = time.monotonic()
+
+    def close(self) -> None:
+        """End all ranks, the hard way if they do not go by themselves."""
+        self._closed.set()
+        for rank in self._ranks:
+            rank.handle.kill()
+        self._thread.join(PING_INTERVAL + GATHERING + STACK_WAIT)
+        for rank in self._ranks:
+            rank.handle.sock.close()
+
+    # --- the watching thread ---
+
+    def _watch(self) -> None:
+        last_ping = time.monotonic()
+        while not self._closed.is_set():
+            self._read(PING_INTERVAL if self._waiting_since is None else PING_INTERVAL / 4)
+            if self._closed.is_set():
+                return
+            now = time.monotonic()
+            if self._waiting_since is not None and now - last_ping >= PING_INTERVAL:
+                last_ping = now
+                self.send(Ping())
+            if (error := self._find_trouble(now)) is not None:
+                self.results.put(error)
+                self.replies.put(error)
+                return
+
+    def _read(self, timeout: float) -> None:
+        """Take in what ranks have sent, waiting up to `timeout` for the first of it."""
+        for key, _ in self._selector.select(timeout):
+            rank: _Rank = key.data
+            try:
+                data = rank.handle.sock.recv(READ_BYTES)
+                messages = list(rank.framer.feed(data))
+            except (OSError, CytheraError):
+                data, messages = b"", []
+            if not data:
+                rank.is_gone = True
+                self._selector.unregister(rank.handle.sock)
+            rank.last_heard = time.monotonic()
+            for message in messages:
+                self._take(rank, message)
+
+    def _take(self, rank: _Rank, message: Any) -> None:
+        match message:
+            case StepDone():
+                self.results.put(message.result)
+            case Pong():
+                rank.pong = message
+            case Joined() | Done():
+                self.replies.put((rank.rank, message))
+            case Progress():
+                rank.progress = message
+                self._report_progress()
+            case StepBroken():
+                rank.broken = rank.broken or message
+            case Refused():
+                error = CytheraError(f"{rank.title}: {message.error}")
+                error.exit_code = message.exit_code
+                self.replies.put(error)
+
+    def _report_progress(self) -> None:
+        known = [rank.progress for rank in self._ranks if rank.progress is not None]
+        if self._report is not None and len(known) == len(self._ranks):
+            self._report(sum(p.done for p in known), sum(p.total for p in known))
+
+    # --- who is to blame ---
+
+    def _find_trouble(self, now: float) -> DeviceLostError | None:
+        since = self._waiting_since
+        is_late = self._last_step >= 0 and since is not None and now - since > self._step_timeout
+        if not is_late and not any(r.is_gone or r.broken for r in self._ranks):
+            silent = since is not None and any(
+                now - max(r.last_heard, since) > self._answer_timeout for r in self._ranks
+            )
+            if not silent:
+                return None
+        self._gather_evidence()
+        culprit, reason = self._blame(is_late)
+        others = [self._describe(rank) for rank in self._ranks if rank is not culprit]
+        message = "; ".join([f"{culprit.title} {reason}", *others])
+        return DeviceLostError(message + self._stack_of(culprit), rank=culprit.rank)
+
+    def _gather_evidence(self) -> None:
+        """Ask everybody for their stacks, and give others' failures time to arrive."""
+        self._asked = time.monotonic()
+        self.send(Ping(want_stack=True))
+        while (left := self._asked + GATHERING - time.monotonic()) > 0:
+            self._read(left)
+
+    def _blame(self, is_late: bool) -> tuple[_Rank, str]:
+        """Choose the rank whose trouble explains that of the others, and say what it is."""
+        for rank in self._ranks:
+            if rank.is_gone and (how := rank.handle.ended(STACK_WAIT)) is not None:
+                return rank, f"{how}, {self._where(rank)}"
+        for rank in self._ranks:
+            if rank.last_heard < self._asked:
+                return rank, f"does not answer, {self._where(rank)}"
+        broken = [rank for rank in self._ranks if rank.broken is not None]
+        # A rank that waited in vain for another one has broken too: rather name one that did not wait.
+        broken.sort(key=lambda rank: "distributed" in (rank.broken.trace if rank.broken else ""))
+        for rank in broken:
+            if rank.broken is not None:
+                return rank, f"failed in step {rank.broken.step}: {rank.broken.error}"
+        late = min(
+            self._ranks, key=lambda r: ("distributed" in r.pong.stack, r.pong.step, not r.pong.is_busy)
+        )
+        if is_late:
+            what = f"takes more than {self._step_timeout:.0f} s (--step-timeout), {self._where(late)}"
+            return late, what
+        return late, f"closed its connection, {self._where(late)}"
+
+    def _describe(self, rank: _Rank) -> str:
+        if rank.broken is not None:
+            return f"{rank.title} failed in step {rank.broken.step}: {rank.broken.error}"
+        if rank.is_gone:
+            return f"{rank.title} is gone too"
+        return f"{rank.title} was {self._where(rank)}"
+
+    def _where(self, rank: _Rank) -> str:
+        if self._last_step < 0 and rank.pong.step < 0:
+            return "while starting"
+        if not rank.pong.is_busy and not rank.is_gone:
+            return f"done with step {rank.pong.step}"
+        return f"in step {max(rank.pong.step, self._last_step if rank.is_gone else -1)}"
+
+    def _stack_of(self, rank: _Rank) -> str:
+        stack = rank.broken.trace if rank.broken is not None else rank.pong.stack
+        if not stack and not rank.is_gone:
+            stack = rank.handle.dump_stack()
+        lines = stack.strip().splitlines()[-_MAX_STACK_LINES:]
+        return "\nits stack:\n" + "\n".join(lines) if lines else ""
