@@ -402,6 +402,7 @@ class _Draft:
         self.requirements = self._make_requirements()
 
     def make_plan(self, plugins: tuple[Selected, ...]) -> Plan:
+        self._check_nodes()
         self._choose_quantizer()
         self._choose_attention()
         for kind in ("scheduler", "kv_cache", "executor", "sampler"):
@@ -603,6 +604,14 @@ class _Draft:
         if size > 1:
             self.choices[axis] = Choice(axis, chosen, self.config.origin_of(flag))
         return size
+
+    def _check_nodes(self) -> None:
+        num_nodes, num_ranks = self.config.nnodes, self.sizes["tensor"] * self.sizes["pipeline"]
+        if num_nodes > num_ranks:
+            self.objections.append(
+                f"--nnodes {num_nodes} is more than the {num_ranks} ranks of --tensor-parallel-size x "
+                f"--pipeline-parallel-size"
+            )
 
     def _make_shares(self) -> tuple[Share, ...]:
         """Divide the model over the mesh.

@@ -17,7 +17,7 @@ from anyio import from_thread, to_thread
 from anyio.lowlevel import current_token
 
 from core.assemble import DEFAULT_PLUGINS, ActivePlugins, resolve
-from core.config import load_config
+from core.config import ENGINE_SECRETS, load_config
 from core.errors import CytheraError, EngineDeadError, EngineStartError
 from core.events import Event, EventBus, Subscription
 from core.link import Failed, Published, Ready, Start, Stop
@@ -137,7 +137,8 @@ class Engine:
             daemon=True,
         ).start()
         defaults = DEFAULT_PLUGINS if self._active is None else self._active.defaults
-        self._link.start(Start(self.config.to_dict(), self.config.origins, list(defaults)))
+        config = self.config.to_dict(secrets=ENGINE_SECRETS)
+        self._link.start(Start(config, self.config.origins, list(defaults)))
         self.assembly = await to_thread.run_sync(self._resolve, abandon_on_cancel=True)
         host, plan = self.assembly.host, self.assembly.plan
         self.bus = EventBus([*host.subscribe(plan), *self._subscriptions])

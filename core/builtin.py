@@ -55,10 +55,14 @@ def make_single_executor(plan: Plan, parts: Parts) -> Executor:
 
 
 def make_launcher(plan: Plan) -> Launcher:
-    """Build what starts ranks as child processes."""
-    from core.ranks.launch import make_process_launcher  # noqa: PLC0415  not needed by one rank
+    """Build what starts ranks as child processes, here and on the machines that join."""
+    if plan.config.nnodes > 1:
+        from core.ranks.cluster import make_cluster_launcher  # noqa: PLC0415  not needed by one machine
 
-    return make_process_launcher(plan)
+        return make_cluster_launcher(plan)
+    from core.ranks.launch import ProcessLauncher  # noqa: PLC0415  not needed by one rank
+
+    return ProcessLauncher(plan.world_size)
 
 
 def make_paged_kv_cache(plan: Plan, num_blocks: int) -> PagedKVCache:

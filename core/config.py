@@ -41,14 +41,16 @@ from pydantic import (
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
     Origin = Callable[[str, str], str]
     """Names a field, or a setting of a plugin if that is not empty, for people."""
 
-SECRETS: Final = ("api_key",)
+SECRETS: Final = ("api_key", "cluster_key")
 """Settings that are never written anywhere."""
+ENGINE_SECRETS: Final = ("cluster_key",)
+"""Those that the engine's own process is told."""
 ENV_PREFIX: Final = "CYTHERA_"
 DEFAULT_ORIGIN: Final = "default"
 GROUPS: Final = ("Model", "Memory", "Scheduling", "Parallelism", "Server", "Plugins", "Logging")
@@ -265,6 +267,22 @@ class EngineConfig(BaseModel):
     distributed_executor_backend: Annotated[Name, _WORD] = _field(
         "Parallelism", "Who starts the ranks: mp, or ray, which enables parallel.ray.", "mp"
     )
+    nnodes: Count = _field("Parallelism", "Machines that the ranks are spread over.", 1, "-n")
+    node_rank: Annotated[int, Field(ge=0), _NUMBER] = _field(
+        "Parallelism", "Number of this machine; 0 runs the engine and serves, others join it.", 0, "-r"
+    )
+    master_addr: Text = _field(
+        "Parallelism", "Address of machine 0 that the others can reach.", "127.0.0.1"
+    )
+    master_port: Annotated[int, Field(ge=1, le=65535), _NUMBER] = _field(
+        "Parallelism", "Port of machine 0 that the others join at.", 29501
+    )
+    cluster_key: Text | None = _field(
+        "Parallelism", "Secret that machines must share to join; better in the environment.", None
+    )
+    join_timeout: Seconds = _field(
+        "Parallelism", "Seconds that machines have to find one another.", 300.0
+    )
     rank_timeout: Seconds = _field(
         "Parallelism", "Seconds after which a rank that does not answer is given up.", 10.0
     )
@@ -340,9 +358,12 @@ class EngineConfig(BaseModel):
             return self._origins.get(setting, DEFAULT_ORIGIN)
         return self._origins[setting]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without origins and secrets; `load_config` takes it back."""
-        return self.model_dump(mode="json", exclude=set(SECRETS))
+    def to_dict(self, *, secrets: Collection[str] = ()) -> dict[str, Any]:
+        """Plain data for JSON, without origins; `load_config` takes it back.
+
+        :param secrets: those of `SECRETS` that are not left out.
+        """
+        return self.model_dump(mode="json", exclude=set(SECRETS) - set(secrets))
 
     @property
     def origins(self) -> dict[str, str]:

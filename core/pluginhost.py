@@ -260,7 +260,8 @@ class PluginSelection:
         """Decide which plugins will be active, in the order in which their hooks are called.
 
         A kind that the user names is exactly what he says; any other takes its defaults.  A `py:`
-        item names no kind.  What other settings need is added to either.
+        item names no kind.  What other settings need is added to either, unless no distribution offers
+        it and a `py:` item may: whether that one does shows when parts are chosen.
 
         :param entries: as `discover` returns them.
         :param defaults: names that are active unless the user names their kind or blocks them.
@@ -270,7 +271,8 @@ class PluginSelection:
         """
         reasons = dict.fromkeys(self.names, NAMED)
         for name, setting in (needed or {}).items():
-            reasons.setdefault(name, NEEDED + setting)
+            if name in entries or not any(map(_is_module, self.names)):
+                reasons.setdefault(name, NEEDED + setting)
         for name in self.blocked:
             if name in reasons:
                 raise ConfigError(

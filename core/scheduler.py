@@ -4,10 +4,10 @@ There is no prefill phase and no decode phase.  Every request has tokens that ar
 positions that are computed, and each step lets some requests catch up within a budget of tokens.
 Chunked prefill, prefix-cache hits and preemption by recompute are all that one rule.
 
-Order is by (priority, arrival); under the `fcfs` policy all priorities count as equal.  Running
-requests are served best first and each is granted at least one token before anybody gets more, so
-a long prompt never holds up decodes.  When blocks run out the newest running request gives up its
-own; it keeps its place in the order and is recomputed later.
+Order is by (priority, rank, arrival); under the `fcfs` policy all priorities count as equal, and so do
+all ranks unless somebody ranks requests.  Running requests are served best first and each is granted
+at least one token before anybody gets more, so a long prompt never holds up decodes.  When blocks run
+out the last running request in that order gives up its own; it keeps its place and is recomputed later.
 """
 
 from __future__ import annotations
@@ -52,6 +52,14 @@ class _InFlight:
     """Of the scheduler when planned: the same value later means that all of them still run."""
 
 
+_Key = tuple[int, float, int]
+"""Priority, rank and arrival: no two requests have the same."""
+
+
+def _rank_equally(_request: Request) -> float:
+    return 0.0
+
+
 class TokenBudgetScheduler:
     """Fulfils `core.interfaces.Scheduler`.
 
@@ -62,6 +70,8 @@ class TokenBudgetScheduler:
     :param num_micro_batches: steps that are on their way at the same time through the stages of a
         pipeline.  Each then takes its part of the running requests, and a request whose token is
         still being drawn waits for a later one.
+    :param rank: orders requests of equal priority, lowest first; asked again whenever one has to wait,
+        so it must always give the same number.
     :param clock: monotonic seconds.
     """
 
@@ -75,6 +85,7 @@ class TokenBudgetScheduler:
         long_prefill_threshold: int = 0,
         num_micro_batches: int = 1,
         record_events: bool = False,
+        rank: Callable[[Request], float] = _rank_equally,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.record_events = record_events
@@ -85,9 +96,10 @@ class TokenBudgetScheduler:
         self._max_chunk = long_prefill_threshold or max_num_batched_tokens
         self._num_micro_batches = num_micro_batches
         self._by_priority = policy == "priority"
+        self._rank = rank
         self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; ended ones are skipped
+        self._waiting: list[tuple[_Key, Request]] = []  # a heap; ended ones are skipped
         self._running: list[Request] = []  # best first
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
@@ -337,8 +349,9 @@ class TokenBudgetScheduler:
             self._is_stuck = False  # the one that did not fit is no longer the next
         heapq.heappush(self._waiting, (key, request))
 
-    def _key(self, request: Request) -> tuple[int, int]:
-        return (request.priority if self._by_priority else 0, request.arrival)
+    def _key(self, request: Request) -> _Key:
+        priority = request.priority if self._by_priority else 0
+        return (priority, self._rank(request), request.arrival)
 
     # --- results ---
 

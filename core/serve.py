@@ -34,11 +34,15 @@ BACKLOG: Final = 2048
 
 
 def serve(config: EngineConfig) -> int:
-    """Serve until a signal ends it.
+    """Serve until a signal ends it; on a machine that joins another one, run ranks for that one.
 
     :return: the exit code: 0 after SIGTERM or SIGINT.
     :raises CytheraError: it cannot be served; the message says what to do.
     """
+    if config.node_rank > 0:
+        from core.ranks.cluster import run_agent  # noqa: PLC0415  for machines that join others
+
+        return run_agent(config)
     check_exposure(config)
     with open_socket(config.host, config.port) as sock:
         try:

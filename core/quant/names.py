@@ -34,6 +34,27 @@ def matches(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
+def matches_exactly(name: str, pattern: str) -> bool:
+    """Whether a pattern is a module's whole name, or `re:` and what matches from the start of it.
+
+    :raises CheckpointError: the regular expression is malformed.
+    """
+    return matches(name, pattern) if pattern.startswith(REGEX) else name == pattern
+
+
+def spellings(name: str, model: ModelSpec | None) -> tuple[str, ...]:
+    """List a decoder's name and those that the checkpoint may have for it, where the family renames.
+
+    Unlike plain patterns (see `in_decoder`), regular expressions cannot be renamed; they are matched
+    with each of these.
+    """
+    renames = () if model is None else model.renames
+    return (
+        name,
+        *(old + name.removeprefix(new) for old, new in renames if name.startswith(new)),
+    )
+
+
 def in_decoder(patterns: Iterable[str], model: ModelSpec) -> tuple[str, ...]:
     """Spell plain patterns as the decoder spells names, where the family renames the checkpoint's."""
     return tuple(_rename(pattern, model) for pattern in patterns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from core.ranks.watch import STACK_WAIT
 from core.ranks.worker import STACK_SIGNAL
@@ -17,53 +18,77 @@ from core.ranks.worker import STACK_SIGNAL
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from core.assemble import Plan
-
 LOOPBACK: Final = "127.0.0.1"
+QUIET_TORCH: Final = "TORCH_CPP_LOG_LEVEL"
+"""Torch warns of every host name that it cannot find for an address."""
+
+
+class Worker:
+    """The process of a rank, as its parent sees it.
+
+    :param process: `python -m core.ranks.worker`.
+    :param stacks: the file that it writes the stacks of its threads to, when it crashes or is told to.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], stacks: BinaryIO) -> None:
+        self.process = process
+        self._stacks = stacks
+
+    def dump_stack(self) -> str:
+        """Let the process write the stacks of its threads; one that has crashed has done so."""
+        if self.process.poll() is None:
+            if is_stopped(self.process.pid):
+                return "the process is stopped (SIGSTOP)"
+            self.process.send_signal(STACK_SIGNAL)
+            time.sleep(STACK_WAIT)
+        self._stacks.seek(0)
+        return self._stacks.read().decode(errors="replace")
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait()
+        self._stacks.close()
+
+
+def start_worker(sock: socket.socket) -> Worker:
+    """Start the process of one rank and give it its end of the connection, which is closed here."""
+    stacks = tempfile.TemporaryFile(prefix="cythera-stacks-")  # noqa: SIM115  lives with the process
+    fds = (sock.fileno(), stacks.fileno())
+    process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+        [sys.executable, "-m", "core.ranks.worker", *map(str, fds)],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        env={QUIET_TORCH: "ERROR", **os.environ},
+    )
+    sock.close()
+    return Worker(process, stacks)
 
 
 class LocalRank:
-    """A rank that is a child of this process; fulfils `core.ranks.watch.RankHandle`.
+    """A rank that is a child of this process; fulfils `core.ranks.watch.RankHandle`."""
 
-    :param sock: this end of the connection to it.
-    :param child_sock: its end, which this process closes.
-    """
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        child_sock: socket.socket,
-        *,
-        local_rank: int,
-        local_world_size: int,
-    ) -> None:
-        self.sock = sock
+    def __init__(self, local_rank: int, local_world_size: int) -> None:
+        self.sock, theirs = socket.socketpair()
         self.local_rank = local_rank
         self.local_world_size = local_world_size
-        self._process, self._dump = start_worker(child_sock)
-        self.name = f"pid {self._process.pid}"
+        self._worker = start_worker(theirs)
+        self.name = f"pid {self._worker.process.pid}"
 
     def ended(self, timeout: float) -> str | None:
         """Say how the process ended; `None` if it runs."""
         try:
-            return describe_exit(self._process.wait(timeout))
+            return describe_exit(self._worker.process.wait(timeout))
         except subprocess.TimeoutExpired:
             return None
 
     def dump_stack(self) -> str:
-        """Let the process write the stacks of its threads, or say that it is stopped."""
-        if is_stopped(self._process.pid):
-            return "the process is stopped (SIGSTOP)"
-        self._process.send_signal(STACK_SIGNAL)
-        time.sleep(STACK_WAIT)
-        self._dump.seek(0)
-        return self._dump.read().decode(errors="replace")
+        """Get the stacks of its threads."""
+        return self._worker.dump_stack()
 
     def kill(self) -> None:
         """End it at once."""
-        self._process.kill()
-        self._process.wait()
-        self._dump.close()
+        self._worker.kill()
 
 
 class ProcessLauncher:
@@ -76,37 +101,10 @@ class ProcessLauncher:
 
     def start(self) -> Sequence[LocalRank]:
         """Start all ranks."""
-        ranks = []
-        for rank in range(self._world_size):
-            ours, theirs = socket.socketpair()
-            ranks.append(LocalRank(ours, theirs, local_rank=rank, local_world_size=self._world_size))
-        return ranks
+        return [LocalRank(rank, self._world_size) for rank in range(self._world_size)]
 
     def close(self) -> None:
         """Do nothing: nobody joins from elsewhere."""
-
-
-def make_process_launcher(plan: Plan) -> ProcessLauncher:
-    """Start ranks as children of the engine."""
-    return ProcessLauncher(plan.world_size)
-
-
-def start_worker(
-    sock: socket.socket,
-) -> tuple[subprocess.Popen[bytes], tempfile._TemporaryFileWrapper[bytes]]:
-    """Start the process of one rank and give it its end of the connection.
-
-    :return: the process, and the file that it writes its stacks to when it gets `STACK_SIGNAL`.
-    """
-    dump = tempfile.NamedTemporaryFile(prefix="cythera-stack-")  # noqa: SIM115  lives with the rank
-    fds = (sock.fileno(), dump.fileno())
-    process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-        [sys.executable, "-m", "core.ranks.worker", *map(str, fds)],
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-    )
-    sock.close()
-    return process, dump
 
 
 def describe_exit(code: int) -> str:

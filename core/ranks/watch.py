@@ -248,7 +248,7 @@ class RankGroup:
                 return rank, f"{how}, {self._where(rank)}"
         for rank in self._ranks:
             if rank.last_heard < self._asked:
-                return rank, f"does not answer, {self._where(rank)}"
+                return rank, f"does not answer; {self._last_seen(rank)}"
         broken = [rank for rank in self._ranks if rank.broken is not None]
         # A rank that waited in vain for another one has broken too: rather name one that did not wait.
         broken.sort(key=lambda rank: "distributed" in (rank.broken.trace if rank.broken else ""))
@@ -277,9 +277,14 @@ class RankGroup:
             return f"done with step {rank.pong.step}"
         return f"in step {max(rank.pong.step, self._last_step if rank.is_gone else -1)}"
 
+    def _last_seen(self, rank: _Rank) -> str:
+        if self._last_step < 0:
+            return "it was to start"
+        return f"step {self._last_step} was due, and it was last heard of in step {rank.pong.step}"
+
     def _stack_of(self, rank: _Rank) -> str:
         stack = rank.broken.trace if rank.broken is not None else rank.pong.stack
-        if not stack and not rank.is_gone:
-            stack = rank.handle.dump_stack()
+        if not stack or rank.last_heard < self._asked or rank.is_gone:
+            stack = rank.handle.dump_stack() or stack
         lines = stack.strip().splitlines()[-_MAX_STACK_LINES:]
         return "\nits stack:\n" + "\n".join(lines) if lines else ""

@@ -273,7 +273,9 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if len(argv) > 1:
-        faulthandler.register(STACK_SIGNAL, file=int(argv[1]), all_threads=True)
+        stacks = int(argv[1])
+        faulthandler.enable(file=stacks)
+        faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
     code = Worker(socket.socket(fileno=int(argv[0]))).run()
     sys.stdout.flush()
     sys.stderr.flush()
