@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from core.errors import CapacityError, DeviceLostError
 from core.ranks.messages import Allocate, Begin, Close, Done, Load, Measure, Run
-from core.ranks.watch import RankGroup
+from core.ranks.watch import STARTING, RankGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from core.step import StepPlan, StepResult
 
 log = structlog.get_logger(__name__)
-
-MIN_STARTING: Final = 60.0
-"""Seconds that ranks get at least to import their libraries and find one another."""
 
 
 class Launcher(Protocol):
@@ -145,7 +142,7 @@ class RankExecutor:
                 digest=plan.digest(),
                 store_host=host,
                 store_port=store.port,
-                timeout=max(MIN_STARTING, 2 * config.step_timeout),
+                timeout=max(STARTING, 2 * config.step_timeout),
             )
             group.send(begin, rank)
         joined = group.ask_all(None)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 PING_INTERVAL: Final = 1.0
 GATHERING: Final = 1.0
 """Seconds in which further signs of trouble are gathered after the first one."""
+STARTING: Final = 60.0
+"""Seconds that a process gets to import what it needs before it must answer."""
 STACK_WAIT: Final = 0.5
 _MAX_STACK_LINES: Final = 30
 
@@ -69,6 +71,8 @@ class _Rank:
     handle: RankHandle
     framer: Framer = field(default_factory=lambda: Framer(FromRank))
     is_gone: bool = False
+    is_up: bool = False
+    """Whether it has ever answered: a process that only just starts may take its time."""
     last_heard: float = field(default_factory=time.monotonic)
     pong: Pong = field(default_factory=lambda: Pong(-1, is_busy=False, seconds=0.0))
     broken: StepBroken | None = None
@@ -191,6 +195,7 @@ class RankGroup:
                 rank.is_gone = True
                 self._selector.unregister(rank.handle.sock)
             rank.last_heard = time.monotonic()
+            rank.is_up |= bool(messages)
             for message in messages:
                 self._take(rank, message)
 
@@ -222,17 +227,22 @@ class RankGroup:
     def _find_trouble(self, now: float) -> DeviceLostError | None:
         since = self._waiting_since
         is_late = self._last_step >= 0 and since is not None and now - since > self._step_timeout
-        if not is_late and not any(r.is_gone or r.broken for r in self._ranks):
-            silent = since is not None and any(
-                now - max(r.last_heard, since) > self._answer_timeout for r in self._ranks
-            )
-            if not silent:
-                return None
+        if not is_late and not any(self._is_in_trouble(rank, now) for rank in self._ranks):
+            return None
         self._gather_evidence()
         culprit, reason = self._blame(is_late)
         others = [self._describe(rank) for rank in self._ranks if rank is not culprit]
         message = "; ".join([f"{culprit.title} {reason}", *others])
         return DeviceLostError(message + self._stack_of(culprit), rank=culprit.rank)
+
+    def _is_in_trouble(self, rank: _Rank, now: float) -> bool:
+        if rank.is_gone or rank.broken is not None:
+            return True
+        since = self._waiting_since
+        if since is None:
+            return False
+        limit = self._answer_timeout if rank.is_up else max(self._answer_timeout, STARTING)
+        return now - max(rank.last_heard, since) > limit
 
     def _gather_evidence(self) -> None:
         """Ask everybody for their stacks, and give others' failures time to arrive."""
