@@ -5,6 +5,7 @@ They are chosen by name like any others, and an outsider's of another name can s
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from core.hookspecs import hookimpl
@@ -86,7 +87,8 @@ def make_token_budget_scheduler(plan: Plan, kv_cache: KVCache) -> TokenBudgetSch
         max_num_batched_tokens=config.max_num_batched_tokens,
         policy=config.scheduling_policy,
         long_prefill_threshold=config.long_prefill_token_threshold,
-        num_micro_batches=plan.pipeline_parallel_size,
+        # Not more than steps are in flight, or those that wait for their turn would never get it.
+        num_micro_batches=min(plan.pipeline_parallel_size, config.max_in_flight or sys.maxsize),
     )
 
 

@@ -16,6 +16,8 @@ import structlog
 if TYPE_CHECKING:
     from structlog.typing import Processor, WrappedLogger
 
+QUIET_TORCH: Final = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""For the environment of processes that join others: torch warns of every address without a name."""
 LIBRARY_LEVEL: Final = logging.WARNING
 """Least severe messages of libraries that are shown, unless ours are shown even less."""
 

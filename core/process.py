@@ -42,7 +42,7 @@ from core.link import (
     Wanted,
     encode,
 )
-from core.log import configure_logging
+from core.log import QUIET_TORCH, configure_logging
 from core.messages import Finish, Submit
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ class EngineProcess:
             [sys.executable, "-m", "core.process", str(fd)],
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
+            env={**QUIET_TORCH, **os.environ},
         )
         self._child_sock.close()
         self.send(start)

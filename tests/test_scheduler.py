@@ -21,6 +21,43 @@ class TestTokenBudgetScheduler(SchedulerConformance):
         return TokenBudgetScheduler(kv_cache, **settings)
 
 
+class TestMicroBatches(SchedulerConformance):
+    """The same with steps for the stages of a pipeline."""
+
+    def make_scheduler(self, kv_cache: Any, **settings: Any) -> TokenBudgetScheduler:
+        return TokenBudgetScheduler(kv_cache, num_micro_batches=3, **settings)
+
+    def test_running_decodes_advance_in_every_step(self) -> None:
+        """All stages are busy: of as many steps as there are stages each decode is in exactly one."""
+        scheduler, device = self._make(num_blocks=64, max_num_seqs=8, budget=16)
+        decoding = [self._request(f"d{i}", [1, 2], 30) for i in range(7)]
+        for request in decoding:
+            scheduler.add(request)
+        self._step(scheduler, device)
+        in_flight = [device.run(plan) for _ in range(3) if (plan := scheduler.plan())]
+        assert [len(result.tokens) for result in in_flight] == [3, 3, 1]
+        assert scheduler.plan() is None
+        for _ in range(20):
+            before = [r.num_output for r in decoding]
+            for _ in range(3):
+                scheduler.apply(in_flight.pop(0))
+                plan = scheduler.plan()
+                assert plan is not None
+                in_flight.append(device.run(plan))
+            assert [r.num_output - b for r, b in zip(decoding, before, strict=True)] == [1] * 7
+
+    def test_long_prompt_gets_through_beside_decodes(self) -> None:
+        """Chunks of one prompt follow one another through the stages without waiting."""
+        scheduler, device = self._make(num_blocks=64, max_num_seqs=4, budget=8)
+        long = self._request("long", [1] * 24, 1)
+        scheduler.add(long)
+        in_flight = [device.run(plan) for _ in range(3) if (plan := scheduler.plan())]
+        assert len(in_flight) == 3
+        for result in in_flight:
+            scheduler.apply(result)
+        assert long.is_finished
+
+
 # --- planted bugs ---
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from core.log import QUIET_TORCH
 from core.ranks.watch import STACK_WAIT
 from core.ranks.worker import STACK_SIGNAL
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LOOPBACK: Final = "127.0.0.1"
-QUIET_TORCH: Final = "TORCH_CPP_LOG_LEVEL"
-"""Torch warns of every host name that it cannot find for an address."""
 
 
 class Worker:
@@ -59,7 +58,7 @@ def start_worker(sock: socket.socket) -> Worker:
         [sys.executable, "-m", "core.ranks.worker", *map(str, fds)],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
-        env={QUIET_TORCH: "ERROR", **os.environ},
+        env={**QUIET_TORCH, **os.environ},
     )
     sock.close()
     return Worker(process, stacks)

@@ -130,6 +130,7 @@ FAMILIES: Final[dict[str, Variant]] = {
     ),
     "llama3.2": Variant("llama", {"tie_word_embeddings": True, "head_dim": 16}),
     "llama-bias": Variant("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-many-heads": Variant("llama", {"num_attention_heads": 10, "hidden_size": 80}),
     "llama-linear": Variant(
         "llama", rope={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
     ),
@@ -202,7 +203,7 @@ def make_checkpoint(
     config = FAMILIES[variant].make_config()
     config.get_text_config().vocab_size = vocab_size
     model = _make_model(config)
-    _randomize(model, seed)
+    randomize(model, seed)
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(path, max_shard_size=-(-num_bytes // num_shards))
     return path
@@ -218,7 +219,8 @@ def _make_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _randomize(model: PreTrainedModel, seed: int) -> None:
+def randomize(model: PreTrainedModel, seed: int) -> None:
+    """Draw all weights of a model anew, so large and so different that every term shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     is_gemma = model.config.model_type.startswith("gemma")
     for name, parameter in model.named_parameters():

@@ -67,6 +67,16 @@ def assert_same(results, steps):
             assert values == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("variant", "mesh"),
+    [("llama-many-heads", (5, 1)), ("llama-many-heads", (8, 1)), ("gemma3", (1, 3))],
+)
+def test_many_ranks(variant, mesh, recorded):
+    settings, steps = recorded(variant)
+    sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
+    assert_same(replay({**settings, **sizes}, steps, num_blocks=41), steps)
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"tp{mesh[0]}-pp{mesh[1]}")
 @pytest.mark.parametrize("variant", sorted(FAMILIES))
 def test_every_family_on_several_ranks(variant, mesh, recorded):
