@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from core.model.weights import INDEX_FILE, SINGLE_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     import torch
 
@@ -104,8 +104,9 @@ class ShardWriter:
         count = len(self._shards)
         names = [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
         names = [SINGLE_FILE] if count == 1 else names
+        mode = self._folder.stat().st_mode & 0o666  # safetensors lets nobody else read what it writes
         for index, name in enumerate(names):
-            self._temporary(index).rename(self._folder / name)
+            self._temporary(index).rename(self._folder / name).chmod(mode)
         if count > 1:
             shards = zip(names, self._shards, strict=True)
             weight_map = {tensor: name for name, tensors in shards for tensor in tensors}

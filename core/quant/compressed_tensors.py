@@ -228,7 +228,7 @@ class _Reader:
         wanted = value.lower() if isinstance(value, str) else value
         if wanted in known:
             return wanted
-        self.problems.append(f"{key} is {value!r}; supported are {', '.join(known)}")
+        self.problems.append(f"{key} is {value!r}, but only {', '.join(known)} are supported")
         return known[0]
 
     def _count(self, key: str, value: Any) -> int:
@@ -240,7 +240,7 @@ class _Reader:
     def _flag(self, key: str, value: Any) -> bool:
         if isinstance(value, bool):
             return value
-        self.problems.append(f"{key} is {value!r}; supported are true and false")
+        self.problems.append(f"{key} is {value!r}, but only true and false are supported")
         return False
 
     def _block(self, key: str, value: Any) -> tuple[int, int]:
@@ -258,7 +258,7 @@ class _Reader:
         wanted = value.lower() if isinstance(value, str) else value
         if isinstance(wanted, str | bool | None) and wanted in _ACT_ORDERS:
             return _ACT_ORDERS[wanted]
-        self.problems.append(f"{key} is {value!r}; supported are null, weight and group")
+        self.problems.append(f"{key} is {value!r}, but only null, weight and group are supported")
         return None
 
 

@@ -83,7 +83,7 @@ def run(decoder: Decoder, chunk: torch.Tensor) -> torch.Tensor:
     device = next(decoder.parameters()).device
     positions = torch.arange(length, device=device).repeat(count)
     hidden: torch.Tensor = decoder.forward(chunk.flatten(0, 1).to(device), positions, length)
-    return hidden.unflatten(0, (count, length)).cpu()
+    return hidden.view(count, length, -1).cpu()
 
 
 # --- watching --------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ def unpack(words: torch.Tensor, bits: int, dim: int = -1) -> torch.Tensor:
     :param words: int32.
     :return: int32, 0 to 2 ** bits - 1, 32 / `bits` as many along `dim`.
     """
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
+        codes = words.movedim(dim, -1).unsqueeze(-1) >> shifts
+        codes &= (1 << bits) - 1
+        return codes.flatten(-2).movedim(-1, dim).contiguous()
     words = words.movedim(dim, -1).to(torch.int64) & 0xFFFFFFFF
     period = codes_per_period(bits)
     words = words.unflatten(-1, (-1, period * bits // WORD_BITS))

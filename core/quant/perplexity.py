@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from core.llm import LLM
+    from core.outputs import Logprob
 
 SAMPLES_AT_ONCE: Final = 64
 """So that the records of a long text are not all in memory."""
@@ -60,9 +61,40 @@ def measure(llm: LLM, text: Path, *, sample_len: int, num_samples: int | None = 
     reader = SampleReader(text, tokenizer, sample_len)
     score = Score()
     for samples in _batches(reader, num_samples):
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
         for output in llm.generate(samples, params, use_tqdm=False):
             if output.error:
                 raise ConfigError(f"{text}: {output.error}")
             _add(score, output.prompt_token_ids, output.prompt_logprobs or [], reader.first_target)
     return score
+
+
+def _batches(reader: SampleReader, num_samples: int | None) -> Iterator[list[list[int]]]:
+    """Cut the text, some samples at a time.
+
+    :raises ConfigError: there is not one sample in it.
+    """
+    num_taken = 0
+    while num_samples is None or num_taken < num_samples:
+        wanted = (
+            SAMPLES_AT_ONCE if num_samples is None else min(SAMPLES_AT_ONCE, num_samples - num_taken)
+        )
+        samples = reader.take(wanted) if num_taken else reader.take_some(wanted)
+        if not len(samples.tokens):
+            return
+        num_taken += len(samples.tokens)
+        yield samples.tokens.tolist()
+
+
+def _add(
+    score: Score,
+    token_ids: list[int],
+    records: list[dict[int, Logprob] | None],
+    first: int,
+) -> None:
+    for token_id, record in zip(token_ids[first:], records[first:], strict=True):
+        if record is None:
+            raise TypeError("the engine returned no log-probabilities of the prompt")
+        score.num_tokens += 1
+        score.loss -= record[token_id].logprob
+        score.best.append(next(token for token, entry in record.items() if entry.rank == 1))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-import torch
 from torch.nn import functional
 
 from core.quant.layers import run, split_samples
 from core.quant.report import Quality
 
 if TYPE_CHECKING:
+    import torch
+
     from core.model.decoder import Decoder
     from core.quant.samples import Samples
 

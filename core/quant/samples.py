@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 
@@ -68,6 +68,11 @@ class SampleReader:
         self._tokens = itertools.chain.from_iterable(_encode(file, tokenizer))
         self._num_read = 0
 
+    @property
+    def first_target(self) -> int:
+        """As that of the samples."""
+        return max(len(self._lead), 1)
+
     def take(self, count: int) -> Samples:
         """Cut the next samples; fewer if the text ends.
 
@@ -81,19 +86,28 @@ class SampleReader:
         lead = torch.tensor(self._lead, dtype=torch.int64).expand(num_full, -1)
         return Samples(torch.cat((lead, text), dim=1), len(self._lead))
 
+    def take_some(self, count: int) -> Samples:
+        """Cut up to so many samples, but at least one.
+
+        :raises ConfigError: the text is too short, or cannot be read.
+        """
+        samples = self.take(count)
+        return samples if len(samples.tokens) else self._refuse(1)
+
     def take_all(self, count: int) -> Samples:
         """Cut so many samples.
 
         :raises ConfigError: the text is too short, or cannot be read.
         """
         samples = self.take(count)
-        if len(samples.tokens) < count:
-            needed = count * (self._length - len(self._lead))
-            raise ConfigError(
-                f"{self.file} holds {self._num_read} tokens, but {count} samples of {self._length} "
-                f"need {needed}; give a longer text, or lower --num-samples or --sample-len"
-            )
-        return samples
+        return samples if len(samples.tokens) == count else self._refuse(count)
+
+    def _refuse(self, count: int) -> NoReturn:
+        num_text = self._length - len(self._lead)
+        raise ConfigError(
+            f"{self.file} holds {self._num_read} tokens, but {count * num_text} are needed ({count} x "
+            f"{num_text}); give a longer text, or lower --num-samples or --sample-len"
+        )
 
 
 def _find_lead(tokenizer: Tokenizer) -> list[int]:

@@ -92,7 +92,9 @@ def find_ignored(options: QuantizeOptions, asked: tuple[str, ...], plan: Plan) -
 def _is_ignored(spec: LinearSpec, patterns: tuple[str, ...]) -> bool:
     found = {prefix: any(matches(prefix, p) for p in patterns) for prefix, _ in spec.shards}
     if len(set(found.values())) > 1:
-        given, missing = (", ".join(p for p, is_in in found.items() if is_in is k) for k in (True, False))
+        given, missing = (
+            ", ".join(p for p, is_in in found.items() if is_in is k) for k in (True, False)
+        )
         raise ConfigError(
             f"--ignore matches {given} but not {missing}, and engines load them as one layer; "
             f"ignore all of them or none"
@@ -104,36 +106,36 @@ def _is_ignored(spec: LinearSpec, patterns: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One checkpoint to quantize."""
+class Setup:
+    """Everything that is decided before the first layer is read."""
 
     source: Plan
     """Of the checkpoint to read; its device and dtype are those of the calibration."""
+    written: Plan
+    """Of the checkpoint to write, on the same device and in the same dtype; its `quantization` is that
+    of before the first layer."""
     folder: Path
     """Of the checkpoint to read."""
+    target: Path
+    """Folder to write to, which exists."""
     options: QuantizeOptions
     ignored: list[frozenset[str]]
     """Module names that stay as they are, of each layer."""
     quantizer: LayerQuantizer
-    make_scheme: Callable[[], QuantScheme]
-    """Makes what reads the written checkpoint."""
     calibration: Samples
 
 
 class CheckpointQuantizer:
-    """Quantizes one checkpoint into a folder.
+    """Quantizes the tensors of one checkpoint; config and side files are others' business.
 
-    :param target: the folder, which exists; config and side files are others' business.
     :param probe: measures the effect on a text, if given.
     """
 
-    def __init__(self, job: Job, target: Path, probe: QualityProbe | None = None) -> None:
-        self._job = job
-        self._target = target
+    def __init__(self, setup: Setup, probe: QualityProbe | None = None) -> None:
+        self._setup = setup
         self._probe = probe
-        self._scheme = job.make_scheme()
-        self._shards = ShardWriter(target)
-        self._stream = split_samples(job.calibration.tokens)
+        self._shards = ShardWriter(setup.target)
+        self._stream = split_samples(setup.calibration.tokens)
         self._quality: Quality | None = None
         self._num_weights = 0
         self._num_quantized_bytes = 0
@@ -146,14 +148,14 @@ class CheckpointQuantizer:
         :raises CytheraError: the checkpoint cannot be read or written, or the quantizer's tensors are
             not those that its scheme reads.
         """
-        job = self._job
+        setup = self._setup
         with ExitStack() as stack:
             # All of the checkpoint, also what the decoder does not run.
-            spec = replace(job.source.model, ignored_prefixes=())
-            reader = CheckpointReader(list_files(job.folder), spec, torch.device("cpu"), stack)
+            spec = replace(setup.source.model, ignored_prefixes=())
+            reader = CheckpointReader(list_files(setup.folder), spec, torch.device("cpu"), stack)
             self._reader, self._left = reader, dict.fromkeys(reader.tensors)
             layers = []
-            for index in range(job.source.model.num_layers):
+            for index in range(setup.source.model.num_layers):
                 layers.append(self._quantize_layer(index))
                 report_layer(layers[-1])
             for name in self._left:
@@ -161,8 +163,8 @@ class CheckpointQuantizer:
             num_before = sum(reader.num_bytes(name) for name in reader.tensors)
         self._shards.finish()
         return Report(
-            options=asdict(job.options),
-            num_calibration_tokens=job.calibration.tokens.numel(),
+            options=asdict(setup.options),
+            num_calibration_tokens=setup.calibration.tokens.numel(),
             bits_per_weight=8 * self._num_quantized_bytes / max(self._num_weights, 1),
             bytes_before=num_before,
             bytes_after=self._shards.num_bytes,
@@ -170,37 +172,34 @@ class CheckpointQuantizer:
             quality=self._quality,
         )
 
-    @torch.no_grad()
-    def verify(self, written: Plan) -> None:
-        """Read what was written as an engine would, layer by layer.
-
-        :raises CheckpointError: something is missing, or not of the shape or dtype that is read.
-        """
-        for index in range(written.model.num_layers):
-            decoder = make_layer(written, self._scheme, index)
-            load_weights(decoder, self._target, device=torch.device(written.device))
+    def _make_scheme(self) -> QuantScheme:
+        """Make what engines read the layers with that are written by now."""
+        written = self._setup.written
+        plan = replace(written, quantization=self._setup.quantizer.config())
+        scheme: QuantScheme = written.factory("quant")(plan)
+        return scheme
 
     def _quantize_layer(self, index: int) -> LayerReport:
         begin = time.monotonic()
-        job = self._job
-        exact = load_layer(job.source, job.folder, index)
+        setup = self._setup
+        exact = load_layer(setup.source, setup.folder, index)
         if self._probe is not None:
             self._probe.advance_before(exact)
-        calibrated = calibrate(job.source, exact, self._stream, job.ignored[index])
+        calibrated = calibrate(setup.source, exact, self._stream, setup.ignored[index])
         replaced = self._replace(calibrated)
         take_changes(exact, calibrated)
         kept = self._keep(exact, calibrated)
         self._write(kept, replaced)
         del calibrated
-        readable = make_layer(job.source, self._scheme, index)
+        readable = make_layer(setup.source, self._make_scheme(), index)
         fill_layer(readable, kept, replaced, exact)
         errors = advance(exact, readable, self._stream)
         if self._probe is not None:
             self._probe.advance_after(readable)
-            if index == job.source.model.num_layers - 1:
+            if index == setup.source.model.num_layers - 1:
                 self._quality = self._probe.measure(exact)
         stream_error = errors.pop(STREAM)
-        linears = {name: e for name, e in errors.items() if name not in job.ignored[index]}
+        linears = {name: e for name, e in errors.items() if name not in setup.ignored[index]}
         return LayerReport(index, stream_error, linears, time.monotonic() - begin)
 
     def _replace(self, calibrated: CalibratedLayer) -> dict[str, dict[str, torch.Tensor]]:
@@ -208,12 +207,12 @@ class CheckpointQuantizer:
 
         :raises CheckpointError: it returned other shards than it was asked for.
         """
-        returned = self._job.quantizer.quantize_layer(calibrated)
+        returned = self._setup.quantizer.quantize_layer(calibrated)
         linears = [item for name, item in calibrated.linears.items() if name not in calibrated.ignored]
         wanted = {prefix for linear in linears for prefix, _ in linear.spec.shards}
         if wanted != set(returned):
             raise CheckpointError(
-                f"the quantizer {self._job.options.method!r} was to write {sorted(wanted)}, "
+                f"the quantizer {self._setup.options.method!r} was to write {sorted(wanted)}, "
                 f"but wrote {sorted(returned)}"
             )
         replaced = {prefix: dict(tensors) for prefix, tensors in returned.items()}
@@ -265,3 +264,15 @@ class CheckpointQuantizer:
                 self._shards.add(stored_prefix + suffix, tensor)
             for suffix in ("weight", "bias"):
                 self._left.pop(f"{prefix}.{suffix}", None)
+
+
+@torch.no_grad()
+def verify(written: Plan, folder: Path) -> None:
+    """Read a checkpoint as an engine would, a layer at a time.
+
+    :raises CheckpointError: something is missing, or not of the shape or dtype that is read.
+    """
+    scheme = written.factory("quant")(written)
+    for index in range(written.model.num_layers):
+        decoder = make_layer(written, scheme, index)
+        load_weights(decoder, folder, device=torch.device(written.device))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -19,9 +20,11 @@ from core.testing.attention import (
     dense_attention,
     make_batch,
     random_inputs,
+    round_to,
 )
 from plugins.attention import torch as plugin
 from plugins.attention.torch.backend import NO_WINDOW, TileCutter, TileLimits, TorchAttention
+from plugins.attention.torch.narrowing import narrow, rescale, widen
 
 (ENTRY,) = plugin.core_register_attention()
 
@@ -89,6 +92,94 @@ def test_narrow_cache_is_what_every_query_sees(splits, softcap):
     torch.testing.assert_close(torch.cat(outs).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+ALL_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("count", [256, 255], ids=["pairs", "odd"])
+def test_every_code_is_widened_to_its_number(dtype, count):
+    codes = torch.arange(255, -1, -1, dtype=torch.uint8)[:count].view(CODES.dtype)
+    expected = [decode(code) for code in codes.view(torch.uint8).tolist()]
+    actual = widen(codes, torch.empty(count, dtype=dtype)).double()
+    torch.testing.assert_close(actual, torch.tensor(expected).double(), atol=0, rtol=0, equal_nan=True)
+
+
+def decode(code):
+    """Read a code as the specification says: sign, 4 bits of exponent with bias 7, 3 of mantissa."""
+    sign, exponent, mantissa = (-1) ** (code >> 7), code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_every_code_is_narrowed_to_itself(dtype):
+    numbers = CODES.to(dtype)
+    actual = narrow(numbers.view(16, 2, 8), torch.float8_e4m3fn, None).flatten()
+    is_nan = numbers.isnan()
+    assert torch.equal(actual.view(torch.uint8)[~is_nan], CODES.view(torch.uint8)[~is_nan])
+    assert actual.float()[is_nan].isnan().all()
+
+
+def test_the_kit_rounds_to_the_nearest_code_and_ties_to_even():
+    """Checks the oracle itself: against the distance to every code."""
+    numbers = [decode(code) for code in range(256)]
+    finite = torch.tensor(sorted({x for x in numbers if not math.isnan(x)}), dtype=torch.float64)
+    midpoints = (finite[1:] + finite[:-1]) / 2
+    generator = torch.Generator().manual_seed(0)
+    anything = 500 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    for x in torch.cat((finite, midpoints, anything, anything / 2**12)).tolist():
+        rounded = float(round_to(torch.tensor(x), torch.float8_e4m3fn))
+        distances = (finite - x).abs()
+        nearest = finite[distances == distances.min()].tolist()
+        even = [y for y in nearest if numbers.index(y) % 2 == 0]
+        assert rounded == (nearest[0] if len(nearest) == 1 else even[0])
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str)
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-3, 1.0, 1e4]))
+def test_narrowing_is_what_the_oracle_says(dtype, stored, seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    x = (size * torch.randn(7, 3, 8, generator=generator)).to(dtype)
+    x[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.finfo(dtype).max, 0.0])
+    scales = torch.tensor([0.5, 2.0, 0.0625])
+    actual = narrow(x, stored, scales).double()
+    torch.testing.assert_close(actual, round_to(x.double() / scales[:, None], stored), atol=0, rtol=0)
+    if stored != dtype:
+        torch.testing.assert_close(
+            narrow(x, stored, None).double(), round_to(x, stored), atol=0, rtol=0
+        )
+
+
+def test_scales_belong_to_key_value_heads():
+    x, scales = torch.randn(5, 6, 8).bfloat16(), torch.tensor([0.3, 0.7])
+    expected = x.float() * torch.tensor([0.3] * 3 + [0.7] * 3)[:, None]
+    assert torch.equal(rescale(x, scales), expected.bfloat16())
+    assert rescale(x, None) is x
+
+
+def test_each_layer_has_its_scales_until_the_cache_is_allocated_anew():
+    spec = KVCacheSpec(2, 2, 4, 1, 8, torch.float8_e4m3fn, torch.device("cpu"))
+    backend = TorchAttention()
+    values = torch.full((1, 1, 8), 1000.0)
+
+    def read(layer):
+        attention = AttentionSpec(layer, 1, 1, 8, scale=1.0)
+        meta = backend.prepare(make_batch([0], [1], [[1]], 4))
+        return float(backend.forward(values, values, values, attention, meta)[0, 0, 0])
+
+    backend.allocate_cache(spec)
+    assert [read(0), read(1)] == [448.0, 448.0]
+    backend.set_kv_scales(torch.ones(2, 1), torch.tensor([[1.0], [4.0]]))
+    assert [read(0), read(1)] == [448.0, 1024.0]
+    backend.allocate_cache(spec)
+    assert [read(0), read(1)] == [448.0, 448.0]
+
+
 def test_works_outside_of_inference_mode():
     q = torch.randn(3, 4, 8, requires_grad=True)
     k, v = torch.randn(2, 3, 2, 8)
@@ -140,8 +231,10 @@ def test_tiles_cover_each_token_once_within_the_limits(rows, window, limits):
     [
         ({}, []),
         ({"kv_cache_dtype": "bfloat16", "has_window": True, "has_softcap": True}, []),
-        ({"kv_cache_dtype": "fp8"}, ["kv_cache_dtype 'fp8'"]),
-        ({"dtype": "int8", "kv_cache_dtype": "fp8"}, ["dtype 'int8'", "kv_cache_dtype 'fp8'"]),
+        ({"kv_cache_dtype": "fp8"}, []),
+        ({"kv_cache_dtype": "fp8_e4m3"}, []),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype 'fp8_e5m2' is none of auto, float32, "]),
+        ({"dtype": "int8", "kv_cache_dtype": "int8"}, ["dtype 'int8'", "kv_cache_dtype 'int8'"]),
     ],
 )
 def test_names_everything_that_it_cannot_serve(wanted, named):

@@ -1,0 +1,129 @@
+"""Writes FP8 checkpoints: rounding to nearest under scales that leave nothing out of range."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
+
+import torch
+
+from core.errors import CheckpointError, ConfigError
+from core.quant.compressed_tensors import METHOD as COMPRESSED
+from plugins.quant.fp8.blocks import BLOCK_SIZE, block_of, quantize
+from plugins.quant.fp8.compressed import FLOAT_QUANTIZED
+from plugins.quant.fp8.formats import Strategy
+from plugins.quant.fp8.native import NATIVE
+from plugins.quant.fp8.rounding import scale_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from core.quant.calibration import CalibratedLayer, CalibratedLinear, QuantizeOptions
+
+_HEAD: Final = "lm_head"  # no method is given it, so it is never quantized
+_STRATEGIES: Final = get_args(Strategy)
+_SCHEMES: Final = ("dynamic", "static")
+
+
+class Fp8Writer:
+    """Fulfils `core.quant.calibration.LayerQuantizer`.
+
+    A scale for each tensor or block is written in the native format.  That one has no scales for each
+    output feature, so these are written in the format of compressed-tensors.
+
+    :raises ConfigError: an option is unknown, or blocks are to have static inputs.
+    """
+
+    def __init__(self, options: QuantizeOptions) -> None:
+        problems = list(_problems(options))
+        if problems:
+            raise ConfigError("; ".join(problems))
+        self._strategy = cast("Strategy", options.strategy)
+        self._is_static = options.activation_scheme == "static"
+        self._ignored: list[str] = []
+
+    def quantize_layer(self, layer: CalibratedLayer, /) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Quantize the linear layers that are not ignored.
+
+        :raises CheckpointError: a weight or an input is NaN or infinite.
+        """
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for name, linear in layer.linears.items():
+            if name in layer.ignored:
+                self._ignored += [prefix for prefix, _ in linear.spec.shards]
+            else:
+                tensors.update(self._quantize(linear))
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        """Return `quantization_config`; it names the layers that were ignored one by one.
+
+        Other engines know no patterns in the native format.
+        """
+        ignored = [*self._ignored, _HEAD]
+        if self._strategy == "channel":
+            return _compressed_config(ignored, is_static=self._is_static)
+        config: dict[str, Any] = {
+            "quant_method": NATIVE,
+            "activation_scheme": "static" if self._is_static else "dynamic",
+            "ignored_layers": ignored,
+        }
+        if self._strategy == "block":
+            config["weight_block_size"] = [BLOCK_SIZE, BLOCK_SIZE]
+        return config
+
+    def _quantize(self, linear: CalibratedLinear) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        shards = zip(linear.spec.shards, linear.weights, linear.biases, strict=True)
+        for (prefix, _), weight, bias in shards:
+            codes, scales = quantize(weight, block_of(self._strategy, weight.shape), prefix)
+            suffix = "weight_scale_inv" if self._strategy == "block" else "weight_scale"
+            tensors = {
+                "weight": codes,
+                suffix: scales.reshape(1) if self._strategy == "tensor" else scales,
+            }
+            if self._is_static:
+                tensors["input_scale"] = _input_scale(linear)
+            if bias is not None:
+                tensors["bias"] = bias
+            yield prefix, tensors
+
+
+def _problems(options: QuantizeOptions) -> Iterator[str]:
+    if options.strategy not in _STRATEGIES:
+        yield f"--strategy {options.strategy} is none of {', '.join(_STRATEGIES)}"
+    if options.activation_scheme not in _SCHEMES:
+        yield f"--activation-scheme {options.activation_scheme} is none of {', '.join(_SCHEMES)}"
+    if options.strategy == "block" and options.activation_scheme == "static":
+        yield "--strategy block needs --activation-scheme dynamic: no format has both"
+
+
+def _input_scale(linear: CalibratedLinear) -> torch.Tensor:
+    """Bring the largest input of the calibration text to 448.
+
+    :return: [1] float32.
+    """
+    if not linear.inputs.isfinite().all():
+        raise CheckpointError(
+            f"the inputs of {linear.spec.name} are not finite on the calibration text, so that no scale "
+            f"fits them; use --activation-scheme dynamic or another dtype"
+        )
+    amax = linear.inputs.abs().amax() if linear.inputs.numel() else torch.zeros(())
+    return scale_of(amax).reshape(1)
+
+
+def _compressed_config(ignored: list[str], *, is_static: bool) -> dict[str, Any]:
+    usual = {"num_bits": 8, "type": "float", "symmetric": True}
+    inputs = {"strategy": "tensor" if is_static else "token", "dynamic": not is_static}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**usual, "strategy": "channel", "dynamic": False},
+        "input_activations": {**usual, **inputs},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": COMPRESSED,
+        "format": FLOAT_QUANTIZED,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+    }
