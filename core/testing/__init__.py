@@ -13,24 +13,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from core.testing.allocator import AllocatorConformance
     from core.testing.attention import AttentionConformance
+    from core.testing.events import SubscriberConformance
+    from core.testing.executor import ExecutorConformance
+    from core.testing.frontend import FrontendConformance, ServerConformance
     from core.testing.kv_cache import KVCacheConformance
+    from core.testing.launcher import LauncherConformance
+    from core.testing.model import ModelConformance
+    from core.testing.parallel import PipelineParallelConformance, TensorParallelConformance
     from core.testing.plugin import PluginConformance
+    from core.testing.quantizer import QuantizerConformance
+    from core.testing.sampler import SamplerConformance
     from core.testing.scheduler import SchedulerConformance
 
 __all__ = [
     "AllocatorConformance",
     "AttentionConformance",
+    "ExecutorConformance",
+    "FrontendConformance",
     "KVCacheConformance",
+    "LauncherConformance",
+    "ModelConformance",
+    "PipelineParallelConformance",
     "PluginConformance",
+    "QuantizerConformance",
+    "SamplerConformance",
     "SchedulerConformance",
+    "ServerConformance",
+    "SubscriberConformance",
+    "TensorParallelConformance",
 ]
 
 _MODULES = {
     "AllocatorConformance": "allocator",
     "AttentionConformance": "attention",
+    "ExecutorConformance": "executor",
+    "FrontendConformance": "frontend",
     "KVCacheConformance": "kv_cache",
+    "LauncherConformance": "launcher",
+    "ModelConformance": "model",
+    "PipelineParallelConformance": "parallel",
     "PluginConformance": "plugin",
+    "QuantizerConformance": "quantizer",
+    "SamplerConformance": "sampler",
     "SchedulerConformance": "scheduler",
+    "ServerConformance": "frontend",
+    "SubscriberConformance": "events",
+    "TensorParallelConformance": "parallel",
 }
 
 

@@ -12,6 +12,10 @@ compared with `dense_attention` in float64.  The pool is filled with NaN first, 
 backend itself, and blocks are handed out in random order, so that a read of anything that was not
 written, or a write to anything that was not handed out, shows in some result.  What the descriptor's
 `unsupported` refuses is not tried.
+
+Caches narrower than the model are tried too.  Every query then sees keys and values as they are
+stored, even those of its own step: else it would show how a prompt was cut into steps, and a prefix
+from the cache would not be what computing it anew gives.
 """
 
 from __future__ import annotations
@@ -27,14 +31,23 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from core.batch import StepBatch
-from core.interfaces import AttentionBackend, AttentionSpec, KVCacheSpec, missing_members
+from core.interfaces import (
+    AttentionBackend,
+    AttentionSpec,
+    KVCacheSpec,
+    SupportsQuantizedKV,
+    missing_members,
+)
 from core.registry import AttentionEntry, Requirements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 TOLERANCES: Final = {"float64": 1e-10, "float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """Largest absolute and relative error by dtype, for values of order one."""
+
+FP8: Final = "fp8"
+"""The `kv_cache_dtype` whose numbers are stored with scales."""
 
 NUM_CODE_BITS: Final = 8
 """Of the numbers in `retrieval_inputs`: more positions than any row has, in the smallest head."""
@@ -135,6 +148,28 @@ class Case:
     chunk: int
     """Positions of a row that each of the steps before computes."""
     seed: int
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the cache."""
+        if self.kv_cache_dtype == FP8:
+            return torch.float8_e4m3fn
+        name = self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+
+    def kv_scales(self) -> torch.Tensor:
+        """Draw the scales of keys and of values: [2, layers, G] float32.
+
+        Powers of two, so that dividing by them is exact and there is one right way to round; the
+        smallest ones make half of all normally distributed values too large.
+        """
+        shape = (2, len(self.specs()), self.num_kv_heads)
+        if self.kv_cache_dtype != FP8:
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.ldexp(torch.ones(shape), torch.randint(-9, -4, shape, generator=generator))
 
     @property
     def lengths(self) -> list[int]:
@@ -159,6 +194,19 @@ class Case:
             )
             for layer, window in enumerate((None, self.window))
         ]
+
+
+def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to the nearest number of a dtype, ties to even, and saturate: the oracle for what is stored.
+
+    :return: float64.
+    """
+    info = torch.finfo(dtype)
+    x = x.double()
+    smallest = math.frexp(info.smallest_normal)[1]
+    exponents = torch.frexp(x).exponent.clamp(min=smallest)
+    units = torch.ldexp(torch.full_like(x, info.eps / 2), exponents)  # x = m · 2^exponent, m < 1
+    return (torch.round(x / units) * units).clamp(-info.max, info.max)
 
 
 Inputs = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -205,9 +253,17 @@ class Rig:
         self.specs = case.specs()
         with torch.inference_mode():
             backend.allocate_cache(cache_spec(case, num_blocks + 1, device))
+            if case.kv_cache_dtype == FP8:
+                self._set_scales()
         self._poison(num_blocks + 1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(case.seed))
         self.free_blocks: list[int] = (order + 1).tolist()
+
+    def _set_scales(self) -> None:
+        problems = missing_members(self.backend, SupportsQuantizedKV)
+        assert not problems, "it does not refuse fp8, but " + "; ".join(problems)
+        backend: Any = self.backend
+        backend.set_kv_scales(*self.case.kv_scales().to(self.device))
 
     def _poison(self, num_blocks: int) -> None:
         """Compute a sequence of NaN that lies on all blocks, the null block included."""
@@ -284,8 +340,14 @@ class Rig:
         """Compare all that was computed of a row with `dense_attention`."""
         for layer, spec in enumerate(self.specs):
             q, k, v = (x[: row.done] for x in row.inputs[layer])
+            k, v = self._as_stored(k, v, layer)
             expected = dense_attention(q, k, v, spec, 0)
             assert_close(row.output(layer), expected, tolerance, f"layer {layer}, {spec}")
+
+    def _as_stored(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> Iterator[torch.Tensor]:
+        """Round keys and values as the cache does: [T, G, D] float64."""
+        for x, scales in zip((k, v), self.case.kv_scales()[:, layer].double(), strict=True):
+            yield round_to(x / scales[:, None], self.case.stored_dtype) * scales[:, None]
 
 
 def cache_spec(case: Case, num_blocks: int, device: str = "cpu") -> KVCacheSpec:
@@ -296,7 +358,7 @@ def cache_spec(case: Case, num_blocks: int, device: str = "cpu") -> KVCacheSpec:
         block_size=case.block_size,
         num_kv_heads=case.num_kv_heads,
         head_dim=case.head_dim,
-        dtype=getattr(torch, case.dtype),
+        dtype=case.stored_dtype,
         device=torch.device(device),
     )
 
@@ -323,6 +385,8 @@ class AttentionConformance:
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     head_dims: ClassVar[tuple[int, ...]] = (8, 24, 64, 80, 128)
     """Multiples of 8."""
+    kv_cache_dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", FP8)
+    """Of narrow caches, as the flag names them."""
     tolerances: ClassVar[dict[str, float]] = TOLERANCES
     settings: ClassVar[hypothesis_settings] = hypothesis_settings(
         max_examples=25, deadline=None, suppress_health_check=list(HealthCheck)
@@ -355,6 +419,7 @@ class AttentionConformance:
             has_window=case.window is not None,
             has_softcap=case.softcap is not None,
             block_size=case.block_size,
+            kv_cache_dtype=case.kv_cache_dtype,
         )
 
     @property
@@ -389,6 +454,19 @@ class AttentionConformance:
             "seed": st.integers(0, 2**32 - 1),
         }
         return st.builds(Case, **(fields | fixed)).filter(lambda case: not self._refusals_of(case))
+
+    def narrow_caches(self) -> st.SearchStrategy[str]:
+        """Generate names of narrow caches that the descriptor does not refuse; skip without any."""
+        refusals = {name: self.refusals(kv_cache_dtype=name) for name in self.kv_cache_dtypes}
+        served = [name for name, reasons in refusals.items() if not reasons]
+        if not served:
+            pytest.skip("; ".join(reason for reasons in refusals.values() for reason in reasons))
+        return st.sampled_from(served)
+
+    def _requires_scales(self) -> None:
+        reasons = self.refusals(kv_cache_dtype=FP8)
+        if reasons or FP8 not in self.kv_cache_dtypes:
+            pytest.skip("; ".join(reasons) or f"{FP8} is not to be tried")
 
     def check(self, law: Callable[[Case], None], **fixed: st.SearchStrategy[Any]) -> None:
         """Try a law on generated situations."""
@@ -461,23 +539,77 @@ class AttentionConformance:
 
         self.check(law)
 
+    def _any_split_agrees(self, case: Case) -> None:
+        length = case.lengths[0]
+        inputs = random_inputs(case, length, case.seed)
+        rows = []
+        for chunk in (length, 1, case.chunk):
+            rig = self.rig(case, [length])
+            rows.append(rig.add_row(inputs))
+            rig.advance(rows[-1:], [length], chunk)
+        for row in rows[1:]:
+            for layer, spec in enumerate(case.specs()):
+                tolerance = self.tolerances[case.dtype]
+                assert_close(row.output(layer), rows[0].output(layer), tolerance, f"{spec}")
+
     def test_any_split_into_steps_agrees(self) -> None:
         """Whole prompt, token by token, or in chunks: the outputs are the same."""
+        self.check(self._any_split_agrees, rows=row_lists(max_rows=1))
+
+    def _shared_prefix_agrees(self, case: Case) -> None:
+        length, size = case.lengths[0], case.block_size
+        rig = self.rig(case, [length, length])
+        row = rig.add_row(random_inputs(case, length, case.seed))
+        rig.advance([row], [length], length)
+        shared = (length - 1) // size
+        own = [rig.free_blocks.pop() for _ in row.table[shared:]]
+        heir = Row(row.inputs, row.table[:shared] + own, done=shared * size)
+        rig.advance([heir], [length], case.chunk)
+        for layer, spec in enumerate(rig.specs):
+            expected = row.output(layer)[shared * size :]
+            assert_close(heir.output(layer), expected, self.tolerances[case.dtype], f"{spec}")
+
+    def test_prefix_of_another_row_is_as_good_as_its_own(self) -> None:
+        """A row that begins with blocks which another one wrote gives what it gives alone."""
+        self.check(self._shared_prefix_agrees, rows=row_lists(max_rows=1))
+
+    # --- caches that are narrower than the model ---
+
+    def test_narrow_cache_matches_dense_attention(self) -> None:
+        """Keys and values are rounded to the nearest once, and multiplied by the scale of their head."""
+        self.check(self._matches_dense_attention, kv_cache_dtype=self.narrow_caches())
+
+    def test_narrow_cache_agrees_on_any_split(self) -> None:
+        """Queries see the tokens of their own step as the cache holds them."""
+        caches, rows = self.narrow_caches(), row_lists(max_rows=1)
+        self.check(self._any_split_agrees, kv_cache_dtype=caches, rows=rows)
+
+    def test_narrow_cache_lends_prefixes(self) -> None:
+        """A prefix from the cache is what computing it anew would give."""
+        caches, rows = self.narrow_caches(), row_lists(max_rows=1)
+        self.check(self._shared_prefix_agrees, kv_cache_dtype=caches, rows=rows)
+
+    def test_quantized_cache_saturates(self) -> None:
+        """What is too large becomes the largest number that can be stored, and not NaN."""
+        self._requires_scales()
 
         def law(case: Case) -> None:
-            length = case.lengths[0]
-            inputs = random_inputs(case, length, case.seed)
-            rows = []
-            for chunk in (length, 1, case.chunk):
-                rig = self.rig(case, [length])
-                rows.append(rig.add_row(inputs))
-                rig.advance(rows[-1:], [length], chunk)
-            for row in rows[1:]:
-                for layer, spec in enumerate(case.specs()):
-                    tolerance = self.tolerances[case.dtype]
-                    assert_close(row.output(layer), rows[0].output(layer), tolerance, f"{spec}")
+            rig = self.rig(case, case.lengths)
+            rows = self._rows(rig, case.lengths)
+            largest = torch.finfo(getattr(torch, case.dtype)).max
+            for row in rows:
+                for q, k, v in row.inputs:
+                    q[:, :, 0] = 0.0  # so that a key may be anything there but NaN
+                    k[:, :, 0] = torch.where(k[:, :, 0] > 0, k.new_tensor(largest), -math.inf)
+                    v.mul_(1000.0)
+            rig.run(rows)
+            size = float(case.kv_scales().max()) * torch.finfo(case.stored_dtype).max
+            for row in rows:
+                rig.verify(row, size * self.tolerances[case.dtype])
 
-        self.check(law, rows=row_lists(max_rows=1))
+        self.check(law, kv_cache_dtype=st.just(FP8))
+
+    # --- one row among others ---
 
     def test_leaves_blocks_of_others_alone(self) -> None:
         """A step changes nothing in blocks that belong to rows outside of it."""

@@ -27,6 +27,16 @@ class NaiveAttention:
             dtype=dtype,
             device=spec.device,
         )
+        self.scales = torch.ones(2, spec.num_layers, spec.num_kv_heads)
+
+    def set_kv_scales(self, k_scales, v_scales):
+        if self.bug == "forgets the scales of values":
+            v_scales = torch.ones_like(v_scales)
+        if self.bug == "uses one scale for all heads":
+            k_scales = k_scales.amax(-1, keepdim=True).expand_as(k_scales)
+        self.scales = torch.stack((k_scales, v_scales))
+        if self.bug == "uses the first layer's scales":
+            self.scales = self.scales[:, :1].expand_as(self.scales)
 
     def cache_bytes_per_block(self, spec):
         layers = 1 if self.bug == "counts one layer" else spec.num_layers
@@ -39,7 +49,8 @@ class NaiveAttention:
 
     def forward(self, q, k, v, spec, batch):
         cache = self.cache[0 if self.bug == "one cache for all layers" else spec.layer]
-        self.write(cache, k, v, batch)
+        scales = self.scales[:, spec.layer]
+        self.write(cache, *self.narrow(k, v, scales, cache.dtype), batch)
         if not self.first_window:
             self.first_window = (spec.window,)
         out = torch.empty_like(q)
@@ -47,9 +58,22 @@ class NaiveAttention:
         for row, count in enumerate(batch.counts):
             part = slice(done, done + count)
             if self.bug != "skips the last row" or row < len(batch.counts) - 1 or row == 0:
+                self.own = k[part], v[part]
                 out[part] = self.attend(q[part], cache, spec, batch, row)
             done += count
         return out.double() if self.bug == "returns its own dtype" else out
+
+    def narrow(self, k, v, scales, dtype):
+        limit = torch.finfo(dtype).max
+        for x, scale in zip((k, v), scales, strict=True):
+            wide = x.double() / scale[:, None]
+            if self.bug == "rounds towards zero" and dtype.itemsize == 1:
+                wide = wide * (1 - 2.0**-5)
+            is_too_large = wide.abs() > limit
+            wide = wide.clamp(-limit, limit)
+            if self.bug == "overflows instead of saturating":
+                wide = wide.masked_fill(is_too_large, torch.nan)
+            yield wide.to(dtype)
 
     def write(self, cache, k, v, batch):
         slots = batch.slots
@@ -73,7 +97,10 @@ class NaiveAttention:
         positions = torch.arange(reads)
         table = batch.block_tables[0 if self.bug == "reads the first row's blocks" else row].long()
         slots = table[positions // self.block_size] * self.block_size + positions % self.block_size
-        k, v = cache[:, slots].double()
+        k, v = cache[:, slots].double() * self.scales[:, spec.layer].double()[:, None, :, None]
+        if self.bug == "sees its own step unrounded":
+            before = slice(batch.starts[row])
+            k, v = (torch.cat((x[before], y)) for x, y in zip((k, v), self.own, strict=True))
         heads = torch.arange(spec.num_heads) // (spec.num_heads // spec.num_kv_heads)
         if self.bug == "maps heads in turn":
             heads = torch.arange(spec.num_heads) % spec.num_kv_heads
@@ -145,6 +172,11 @@ ALONE = "test_rows_do_not_depend_on_each_other"
 EXACT = "test_keeps_exactly_what_was_written"
 BYTES = "test_bytes_per_block_count_all_layers"
 ANEW = "test_cache_can_be_allocated_anew"
+PREFIX = "test_prefix_of_another_row_is_as_good_as_its_own"
+NARROW = "test_narrow_cache_matches_dense_attention"
+NARROW_SPLITS = "test_narrow_cache_agrees_on_any_split"
+NARROW_PREFIX = "test_narrow_cache_lends_prefixes"
+SATURATES = "test_quantized_cache_saturates"
 
 CAUGHT = [
     ("sees the next token", MIXED),
@@ -169,8 +201,17 @@ CAUGHT = [
     ("weighs unwritten values with zero", DECODES),
     ("weighs unwritten values with zero", MIXED),
     ("masks a chunk as if it were first", SPLITS),
+    ("masks a chunk as if it were first", PREFIX),
     ("skips the last row", MIXED),
     ("returns its own dtype", MIXED),
+    ("forgets the scales of values", NARROW),
+    ("uses one scale for all heads", NARROW),
+    ("uses the first layer's scales", NARROW),
+    ("rounds towards zero", NARROW),
+    ("sees its own step unrounded", NARROW),
+    ("sees its own step unrounded", NARROW_SPLITS),
+    ("sees its own step unrounded", NARROW_PREFIX),
+    ("overflows instead of saturating", SATURATES),
     ("counts one layer", BYTES),
     ("counts all blocks", BYTES),
 ]
@@ -201,6 +242,19 @@ def test_methods_that_do_not_fit_the_protocol_are_caught():
     kit.make_backend = NoMeta
     with pytest.raises(AssertionError, match="forward"):
         kit.test_fulfils_the_protocol()
+
+
+def test_fp8_without_a_way_to_set_scales_is_caught():
+    class NoScales(NaiveAttention):
+        set_kv_scales = None
+
+    kit = Buggy("")
+    kit.make_backend = NoScales
+    kit.kv_cache_dtypes = ("fp8",)
+    with pytest.raises(
+        AssertionError, match="does not refuse fp8, but method 'set_kv_scales' is missing"
+    ):
+        kit.test_narrow_cache_matches_dense_attention()
 
 
 # --- capabilities ----------------------------------------------------------------------------------
@@ -247,6 +301,13 @@ def test_a_device_that_is_not_served_is_skipped():
     kit = kit_of(lambda wanted: ["needs a vector unit"])
     with pytest.raises(pytest.skip.Exception, match="needs a vector unit"):
         kit.test_mixed_steps_match_dense_attention()
+
+
+@pytest.mark.parametrize("law", [NARROW, NARROW_SPLITS, NARROW_PREFIX, SATURATES])
+def test_narrow_caches_that_are_not_served_are_skipped(law):
+    kit = kit_of(lambda wanted: ["only auto"] if wanted.kv_cache_dtype != "auto" else [])
+    with pytest.raises(pytest.skip.Exception, match="only auto"):
+        getattr(kit, law)()
 
 
 def test_default_block_size_must_be_among_the_supported():
