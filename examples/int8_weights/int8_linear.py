@@ -1,0 +1,119 @@
+"""The layer that holds int8, the scheme that fills it, and the writer of what the scheme reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from core.interfaces import Axis, LinearSpec, TensorSpec
+from core.model.linear import PlainScheme, make_weight
+from core.quant.linear import DequantizedLinear
+from core.quant.names import ask_shards, matches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from core.quant.calibration import CalibratedLayer
+
+LARGEST: Final = 127
+
+
+def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Round each row to multiples of its scale, which maps its largest magnitude to 127.
+
+    :param weight: [out, in] floating.
+    :return: `weight` [out, in] int8, -127 to 127, and `scale` [out] float32.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1) / LARGEST
+    scale = torch.where(scale > 0, scale, 1.0)  # a row of zeros has none
+    return {"weight": torch.round(weight / scale[:, None]).to(torch.int8), "scale": scale}
+
+
+class Int8Linear(DequantizedLinear):
+    """Holds `weight` [out, in] int8 and `scale` [out] float32."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        shape = (spec.out_features, spec.in_features)
+        self.weight = make_weight(shape, torch.int8, spec.device)
+        self.scale = make_weight(shape[:1], torch.float32, spec.device)
+
+    def dequantize(self) -> torch.Tensor:
+        """Multiply in float32 and round once."""
+        return (self.weight * self.scale[:, None]).to(self.dtype)
+
+
+class Int8Scheme:
+    """Fulfils `core.interfaces.QuantScheme`; layers that are ignored are those of unquantized models.
+
+    :param is_stored: whether the checkpoint holds codes; else it holds weights, which `load` converts.
+    :param ignored: patterns of `core.quant.names.matches`.
+    """
+
+    def __init__(self, *, is_stored: bool, ignored: tuple[str, ...]) -> None:
+        self._is_stored = is_stored
+        self._ignored = ignored
+        self._plain = PlainScheme()
+
+    def _is_ignored(self, spec: LinearSpec) -> bool:
+        return ask_shards(
+            spec, lambda name: any(matches(name, pattern) for pattern in self._ignored), "ignore"
+        )
+
+    def make_linear(self, spec: LinearSpec, /) -> nn.Module:
+        """Make an empty layer."""
+        return self._plain.make_linear(spec) if self._is_ignored(spec) else Int8Linear(spec)
+
+    def tensors(self, spec: LinearSpec, shard: int, /) -> Mapping[str, TensorSpec]:
+        """Name what an unquantized layer has, or codes in place of weights, and scales."""
+        tensors = dict(self._plain.tensors(spec, shard))
+        if self._is_stored and not self._is_ignored(spec):
+            shape, axes = tensors["weight"].shape, tensors["weight"].axes
+            tensors["weight"] = TensorSpec(shape, torch.int8, axes)
+            tensors["scale"] = TensorSpec(shape[:1], torch.float32, (Axis("out"),))
+        return tensors
+
+    def load(
+        self,
+        module: nn.Module,
+        spec: LinearSpec,
+        shard: int,
+        tensors: Mapping[str, torch.Tensor],
+        /,
+    ) -> None:
+        """Copy a shard to its rows, converted first if the checkpoint holds weights."""
+        if isinstance(module, Int8Linear) and not self._is_stored:
+            tensors = {**tensors, **quantize(tensors["weight"])}
+        self._plain.load(module, spec, shard, tensors)
+
+    def finalize(self, module: nn.Module, spec: LinearSpec, /) -> None:
+        """Do nothing: codes are used as they were loaded."""
+
+
+class Int8Writer:
+    """Fulfils `core.quant.calibration.LayerQuantizer`; looks at weights only, not at activations.
+
+    :param config: `quantization_config` of the checkpoint.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+
+    def quantize_layer(self, layer: CalibratedLayer, /) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Quantize the linear layers that are not ignored."""
+        return {
+            prefix: quantize(weight) | ({} if bias is None else {"bias": bias})
+            for name, linear in layer.linears.items()
+            if name not in layer.ignored
+            for (prefix, _), weight, bias in zip(
+                linear.spec.shards, linear.weights, linear.biases, strict=True
+            )
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Return what `make_scheme` reads."""
+        return self._config
