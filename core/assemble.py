@@ -23,6 +23,7 @@ from core.engine import EngineCore
 from core.errors import ConfigError, PlanError, PluginNotFoundError
 from core.events import EventBus
 from core.interfaces import Executor, KVCache, Scheduler, missing_members
+from core.offload import NUM_BUFFERS, choose_layers
 from core.pluginhost import PluginHost, PluginSelection, Selected, discover
 from core.registry import (
     AttentionEntry,
@@ -99,6 +100,8 @@ class Plan:
     block_size: int
     weight_bytes: int
     """Bytes of the weights on all ranks together."""
+    layer_bytes: int
+    """Bytes of the matrices of one decoder layer, on all ranks that share it."""
     kv_bytes_per_token: int
     choices: Mapping[str, Choice]
     """By kind."""
@@ -130,6 +133,15 @@ class Plan:
     def factory(self, kind: str) -> Callable[..., Any]:
         """Return the factory of the part chosen for a kind."""
         return self.choices[kind].registered.descriptor.factory
+
+    def offloaded_layers(self, rank: int) -> tuple[int, ...]:
+        """List the layers that a rank keeps in the host's memory."""
+        wanted = self.config.cpu_offload_gb * 2**30
+        return choose_layers(self.shares[rank].layers, self._layer_bytes_on(rank), wanted)
+
+    def _layer_bytes_on(self, rank: int) -> float:
+        """Bytes of one layer on a rank, which holds about as much of the attention as of the MLP."""
+        return self.layer_bytes * self.shares[rank].inner.size / self.model.intermediate_size
 
     def cache_identity(self) -> bytes:
         """State what two KV blocks must have in common before their tokens are compared."""
@@ -166,6 +178,7 @@ class Plan:
             "max_model_len": self.max_model_len,
             "block_size": self.block_size,
             "weight_bytes": self.weight_bytes,
+            "layer_bytes": self.layer_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "choices": {
                 kind: {
@@ -216,6 +229,7 @@ class Plan:
                 "memory",
                 [
                     ("weights", _format_bytes(self.weight_bytes), "over all ranks"),
+                    *self._render_offload(),
                     ("KV cache", f"{_format_bytes(self.kv_bytes_per_token)} per token", pool),
                     ("block size", f"{self.block_size} tokens", config.origin_of("block_size")),
                 ],
@@ -231,6 +245,28 @@ class Plan:
             ("plugins", [(plugin.name, "active", plugin.reason) for plugin in self.plugins]),
             ("notes", [("", note, "") for note in self.notes]),
         ]
+
+    def _render_offload(self) -> Iterator[tuple[str, str, str]]:
+        offloaded = {rank: self.offloaded_layers(rank) for rank in range(self.world_size)}
+        count = sum(map(len, offloaded.values()))
+        if not count:
+            return
+        on_host, in_buffers = (
+            sum(len(layers[:most]) * self._layer_bytes_on(rank) for rank, layers in offloaded.items())
+            for most in (None, NUM_BUFFERS)
+        )
+        num_layers = sum(share.layers.size for share in self.shares)
+        resident = self.weight_bytes - on_host
+        yield (
+            "resident",
+            f"{_format_bytes(resident)}, and {_format_bytes(in_buffers)} for layers that visit",
+            "on the device",
+        )
+        yield (
+            "offloaded",
+            f"{_format_bytes(on_host)}, {count} of {num_layers} layers",
+            self.config.origin_of("cpu_offload_gb"),
+        )
 
     def _render_ranks(self) -> Iterator[tuple[str, str, str]]:
         if self.world_size == 1:
@@ -426,6 +462,7 @@ class _Draft:
             max_model_len=self._resolve_max_model_len(),
             block_size=self._resolve_block_size(),
             weight_bytes=self._weight_bytes(),
+            layer_bytes=self._linear_bytes() // self.model.num_layers,
             kv_bytes_per_token=self._kv_bytes_per_token(),
             choices=self.choices,
             plugins=plugins,
@@ -468,7 +505,9 @@ class _Draft:
 
     def _make_requirements(self) -> Requirements:
         model, config = self.model, self.config
-        quantization = getattr(self.hf_config, "quantization_config", None) or {}
+        keys = ("quantization_config", "compression_config")  # the latter in older checkpoints
+        stated = (getattr(self.hf_config, key, None) for key in keys)
+        quantization: Any = next(filter(None, stated), {})
         if not isinstance(quantization, dict):
             quantization = quantization.to_dict()
         return Requirements(
@@ -659,12 +698,14 @@ class _Draft:
         return asked or limit
 
     def _weight_bytes(self) -> int:
-        num_linear, num_all = self.model.num_linear_parameters(), self.model.num_parameters()
+        num_others = self.model.num_parameters() - self.model.num_linear_parameters()
+        return num_others * _DTYPE_BYTES[self.dtype] + self._linear_bytes()
+
+    def _linear_bytes(self) -> int:
+        num_linear = self.model.num_linear_parameters()
         entry = self.choices["quant"].registered.descriptor
         bits = entry.weight_bits(self.requirements) if isinstance(entry, QuantizerEntry) else None
-        plain = _DTYPE_BYTES[self.dtype]
-        linear_bytes = num_linear * plain if bits is None else math.ceil(num_linear * bits / 8)
-        return (num_all - num_linear) * plain + linear_bytes
+        return math.ceil(num_linear * (8 * _DTYPE_BYTES[self.dtype] if bits is None else bits) / 8)
 
     def _resolve_kv_cache_dtype(self) -> str:
         name = self.config.kv_cache_dtype

@@ -213,8 +213,15 @@ def make_app() -> App:
     app.command(serve, alias="run")
     app.command("core.chat:chat", name="chat", help="Talk to a model that a server serves.")
     app.command(plan)
+    app.command("core.quantize:quantize", name="quantize", help="Write a quantized checkpoint.")
+    app.command(perplexity)
     plugins = App(name="plugins", help="See what is installed and whether it works.")
-    for command, name in ((plugins_list, "list"), (plugins_show, "show"), (plugins_check, "check")):
+    for command, name in (
+        (plugins_list, "list"),
+        (plugins_show, "show"),
+        (plugins_check, "check"),
+        (plugins_new, "new"),
+    ):
         plugins.command(command, name=name)
     app.command(plugins)
     config = App(name="config", help="See settings, and where each comes from.")
@@ -274,6 +281,36 @@ def plan(
         if rows:
             console.print(section, style="bold")
             _print_table(console, rows)
+
+
+def perplexity(
+    model: str | None = None,
+    /,
+    *,
+    text: Annotated[Path, Parameter(help="Text to predict; .jsonl holds text or messages per line.")],
+    sample_len: Annotated[int, Parameter(help="Tokens that are predicted from one another.")] = 512,
+    num_samples: Annotated[
+        int | None, Parameter(help="At most so many; unset: the whole text.", show_default=False)
+    ] = None,
+    flags: Flags = None,
+    config_file: ConfigFile = None,
+    assignments: Assignments = (),
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well an engine predicts a text, for example with other weights or another cache.
+
+    :param model: Folder of a checkpoint, or the id of one on the hub; demo is the bundled one.
+    """
+    config = _load(model, flags, config_file, assignments)
+    from core.llm import LLM  # noqa: PLC0415  imports torch and transformers
+    from core.quant.perplexity import measure  # noqa: PLC0415  imports torch
+
+    with LLM.from_config(config) as llm:
+        score = measure(llm, text, sample_len=sample_len, num_samples=num_samples)
+    if as_json:
+        _print_json({"perplexity": score.perplexity, "num_tokens": score.num_tokens})
+    else:
+        _print(f"perplexity {score.perplexity:.4f} over {score.num_tokens} tokens")
 
 
 def config_show(
@@ -346,6 +383,26 @@ def plugins_check(*names: str, as_json: AsJson = False) -> int:
         rows = [(name, line) for name, found in problems.items() for line in found or ["ok"]]
         _print_table(_make_console(), rows)
     return EXIT_PLUGIN if any(problems.values()) else 0
+
+
+def plugins_new(
+    kind: str,
+    name: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="Folder to make the package's folder in.")] = Path(),
+) -> None:
+    """Write a starting package for a plugin: it works, it has tests, and it can be installed.
+
+    :param kind: attention, quant, events …; any other word lists them all.
+    :param name: Such as acme, for a distribution cythera-acme and a plugin KIND.acme.
+    """
+    from core.scaffold.package import make_package  # noqa: PLC0415  not needed for --help
+
+    package, folder = make_package(kind, name, out)
+    _print(f"made {folder}: the plugin {package.plugin}. What comes next:")
+    for command in package.next_commands(folder):
+        _print(f"  {command}")
 
 
 def bench_steps(

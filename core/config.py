@@ -240,6 +240,11 @@ class EngineConfig(BaseModel):
     kv_cache_dtype: Annotated[Name, _WORD] = _field(
         "Memory", "Type of cached keys and values. auto: the same as dtype.", "auto"
     )
+    cpu_offload_gb: Annotated[float, Field(ge=0, lt=math.inf), _NUMBER] = _field(
+        "Memory",
+        "GiB of decoder layers that each rank keeps in the host's memory and copies when they run.",
+        0.0,
+    )
     enable_prefix_caching: bool = _field(
         "Memory", "Keep the KV of finished requests for others with the same beginning.", True
     )

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from core.batch import BatchState, StepBatch
-from core.errors import CapacityError
-from core.interfaces import KVCacheSpec
+from core.errors import CapacityError, PlanError
+from core.interfaces import KVCacheSpec, SupportsQuantizedKV
 from core.model.decoder import make_decoder
+from core.model.kv_scales import KVScales, needs_scales
+from core.model.layer_store import LayerStore
 from core.model.weights import load_dummy, load_weights
 from core.sampling import LogprobTensors, SampleRows, gather_logprobs
 from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
@@ -82,9 +84,11 @@ class TorchExecutor:
         # With one stage its own ranks embed what they draw; with several, tokens come with the plan.
         self._shares_tokens = parts.tensor is not None and parts.pipeline is None
         self._attention = parts.attention
+        self._kv_scales = self._make_kv_scales()
         self._sampler = parts.sampler
         self._entries: dict[int, RowEntry] = {}  # who sits in each row
         self._launched: deque[_Launched] = deque()
+        offloaded = plan.offloaded_layers(parts.rank)
         self._decoder = make_decoder(
             plan.model,
             scheme=parts.scheme,
@@ -94,6 +98,7 @@ class TorchExecutor:
             max_len=plan.max_model_len,
             share=self._share,
             tensor=parts.tensor,
+            store=LayerStore(offloaded, self.device) if offloaded else None,
         )
         self._state = self._make_state(plan.max_model_len)
 
@@ -111,6 +116,7 @@ class TorchExecutor:
                 device=self.device,
                 report=report,
                 revision=config.revision,
+                kv_scales=self._kv_scales,
             )
 
     def kv_capacity(self) -> int:
@@ -141,6 +147,8 @@ class TorchExecutor:
             self._decoder.limit_length(max_model_len)
         self._state = self._make_state(max_model_len)
         self._attention.allocate_cache(self._cache_spec(num_blocks))
+        if self._kv_scales is not None and isinstance(self._attention, SupportsQuantizedKV):
+            self._attention.set_kv_scales(self._kv_scales.keys, self._kv_scales.values)
         self._sampler.allocate(
             self._plan.config.max_num_seqs,
             self._plan.model.vocab_size,
@@ -157,6 +165,21 @@ class TorchExecutor:
         return BatchState(
             self._plan.config.max_num_seqs, max_model_len, self._plan.block_size, self.device
         )
+
+    def _make_kv_scales(self) -> KVScales | None:
+        """Make room for the scales of a quantized KV cache.
+
+        :raises PlanError: the attention backend cannot keep one.
+        """
+        name = self._plan.kv_cache_dtype
+        if not needs_scales(getattr(torch, name)):
+            return None
+        if not isinstance(self._attention, SupportsQuantizedKV):
+            backend = self._plan.choices["attention"].name
+            raise PlanError(
+                [f"attention {backend}: --kv-cache-dtype {name} needs a backend with set_kv_scales"]
+            )
+        return KVScales.ones(self._share, self.device)
 
     def _cache_spec(self, num_blocks: int) -> KVCacheSpec:
         model = self._plan.model

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from core.config import EngineConfig
     from core.messages import OutputBatch
     from core.tokenizer import Tokenizer
 
@@ -40,7 +41,16 @@ class LLM:
     """
 
     def __init__(self, model: str, *, plugins: Sequence[str] = (), **settings: Any) -> None:
-        config = load_config({"model": str(model), "plugins": tuple(plugins), **settings})
+        self._start(load_config({"model": str(model), "plugins": tuple(plugins), **settings}))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """Make one from a configuration that is there already."""
+        llm = cls.__new__(cls)
+        llm._start(config)  # noqa: SLF001  of this very class
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
         configure_for_library(config.log_level, config.log_format)
         self.assembly: Assembly = resolve(config)
         self._outputs: deque[OutputBatch] = deque()

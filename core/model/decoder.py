@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from core.interfaces import AttentionBackend, LinearSpec, QuantScheme, TensorParallel
+    from core.model.layer_store import LayerStore
     from core.model.spec import ModelSpec
     from core.sharding import Share
 
@@ -74,6 +75,13 @@ class PlainWeight(NamedTuple):
     """Of the stored tensor; `None` for all."""
 
 
+class Section(NamedTuple):
+    """Weights that are filled together."""
+
+    plain: tuple[PlainWeight, ...]
+    linears: tuple[tuple[SplitLinear, nn.Module, QuantScheme], ...]
+
+
 class Decoder(nn.Module):
     """A decoder for inference; made empty by `make_decoder`, filled by `core.model.weights`.
 
@@ -81,18 +89,26 @@ class Decoder(nn.Module):
     head if it runs the last.
 
     :param max_len: longest sequence to serve, in tokens: rows of the rotary tables.
+    :param store: keeps some of the layers; `None` if all are on the device.
     """
 
-    def __init__(self, build: Build, max_len: int) -> None:
+    def __init__(self, build: Build, max_len: int, store: LayerStore | None = None) -> None:
         super().__init__()
         spec = self.spec = build.spec
         share = self.share = build.share
         self.scheme = build.scheme
         self.dtype = build.dtype
+        self.device = build.device
         self.is_first = share.layers.start == 0
         self.is_last = share.layers.stop == spec.num_layers
         self.embedding = Embedding(build) if self.is_first else None
-        self.layers = nn.ModuleList(DecoderLayer(build, i) for i in range(*share.layers))
+        self._store = store
+        # Layers of the store are made when they are filled; until then they only tell shapes.
+        shapes = build._replace(device=torch.device("meta"))
+        stored = frozenset[int]() if store is None else store.indices
+        self.layers = nn.ModuleList(
+            DecoderLayer(shapes if i in stored else build, i) for i in range(*share.layers)
+        )
         self.norm = make_norm(build, spec.hidden_size) if self.is_last else None
         self.head_split, self._head_scheme = _describe_head(build)
         # A tied head is the embedding, unless that is on another rank.
@@ -146,28 +162,41 @@ class Decoder(nn.Module):
 
     # --- for those who fill it ---
 
+    def sections(self) -> Iterator[Section]:
+        """Divide all weights: embedding, each layer, norm and head."""
+        yield self._first_section()
+        for layer in self._layers():
+            yield self._layer_section(layer)
+        yield self._last_section()
+
+    def sections_to_fill(self) -> Iterator[Section]:
+        """Divide all weights, and make room for those of each section when it is asked for.
+
+        A layer of the store goes there when the next section is asked for, so each has to be filled
+        and repacked by then; the device never holds more than one of them.
+        """
+        yield self._first_section()
+        for position, layer in enumerate(self._layers()):
+            if self._store is None or layer.index not in self._store.indices:
+                yield self._layer_section(layer)
+                continue
+            made = DecoderLayer(self._build, layer.index)
+            self.layers[position] = made
+            yield self._layer_section(made)
+            self.slots[position] = self._store.take(made, compose_layer(made))
+        yield self._last_section()
+        if self._store is not None:
+            self._store.settle()
+
     def linears(self) -> Iterator[tuple[SplitLinear, nn.Module, QuantScheme]]:
         """Every linear layer, with what the model knows about it and the scheme that made it."""
-        for layer in self._layers():
-            for linear, module in layer.linears():
-                yield linear, module, self.scheme
-        if self.lm_head is not None:
-            yield self.head_split, self.lm_head, self._head_scheme
+        for section in self.sections():
+            yield from section.linears
 
     def plain_weights(self) -> Iterator[PlainWeight]:
         """Every weight that belongs to no linear layer."""
-        spec = self.spec
-        if self.embedding is not None:
-            shape = (spec.vocab_size, spec.hidden_size)
-            rows = None if self._build.is_whole else self.share.vocab
-            yield PlainWeight(f"{EMBEDDING}.weight", self.embedding.weight, shape, rows)
-        for layer in self._layers():
-            for module, name in _norm_names(spec):
-                weight = layer.get_parameter(f"{module}.weight")
-                yield PlainWeight(_layer_weight(layer.index, name), weight, tuple(weight.shape))
-        if self.norm is not None:
-            weight = self.norm.weight
-            yield PlainWeight("model.norm.weight", weight, tuple(weight.shape))
+        for section in self.sections():
+            yield from section.plain
 
     def whole_linears(self) -> Iterator[tuple[LinearSpec, QuantScheme]]:
         """Every linear layer of the whole model, on whichever rank it is."""
@@ -184,6 +213,31 @@ class Decoder(nn.Module):
             for _, name in _norm_names(self.spec):
                 yield _layer_weight(index, name)
         yield "model.norm.weight"
+
+    def _first_section(self) -> Section:
+        if self.embedding is None:
+            return Section((), ())
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        rows = None if self._build.is_whole else self.share.vocab
+        return Section((PlainWeight(f"{EMBEDDING}.weight", self.embedding.weight, shape, rows),), ())
+
+    def _layer_section(self, layer: DecoderLayer) -> Section:
+        weights = {
+            _layer_weight(layer.index, name): layer.get_parameter(f"{module}.weight")
+            for module, name in _norm_names(self.spec)
+        }
+        plain = [PlainWeight(name, weight, tuple(weight.shape)) for name, weight in weights.items()]
+        linears = ((linear, module, self.scheme) for linear, module in layer.linears())
+        return Section(tuple(plain), tuple(linears))
+
+    def _last_section(self) -> Section:
+        plain, linears = [], []
+        if self.norm is not None:
+            weight = self.norm.weight
+            plain.append(PlainWeight("model.norm.weight", weight, tuple(weight.shape)))
+        if self.lm_head is not None:
+            linears.append((self.head_split, self.lm_head, self._head_scheme))
+        return Section(tuple(plain), tuple(linears))
 
     def _layers(self) -> Iterator[DecoderLayer]:
         for layer in self.layers:
@@ -231,6 +285,7 @@ def make_decoder(
     max_len: int,
     share: Share | None = None,
     tensor: TensorParallel | None = None,
+    store: LayerStore | None = None,
 ) -> Decoder:
     """Make a decoder with uninitialized weights.
 
@@ -240,7 +295,8 @@ def make_decoder(
     :param max_len: longest sequence to serve, in tokens.
     :param share: the part of the model that this rank holds; `None` for all.
     :param tensor: joins the ranks that hold the other parts of the same layers.
+    :param store: keeps some of the layers on the host; `None` if all are to be on the device.
     """
     share = share or spec.whole_share()
     build = Build(spec, scheme, attention, dtype, torch.device(device), share, tensor)
-    return Decoder(build, max_len)
+    return Decoder(build, max_len, store)

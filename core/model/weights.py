@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from core.errors import CheckpointError
 from core.interfaces import Axis, LinearSpec, TensorSpec
 from core.model.decoder import EMBEDDING, HEAD
+from core.model.kv_scales import is_about_cache, load_kv_scales
 from core.sharding import Span, covering
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from core.model.decoder import Decoder
+    from core.model.decoder import Decoder, Section
+    from core.model.kv_scales import KVScales
     from core.model.spec import ModelSpec
 
 SINGLE_FILE: Final = "model.safetensors"
@@ -261,6 +263,7 @@ def load_weights(
     device: torch.device,
     report: Callable[[int, int], None] = lambda _done, _total: None,
     revision: str | None = None,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Fill a decoder from a checkpoint.  A rank that holds a part of the model reads no other bytes.
 
@@ -268,41 +271,46 @@ def load_weights(
     :param device: of the decoder.
     :param report: called with the bytes that have been read and the bytes of all tensors.
     :param revision: branch, tag or commit of the repository.
+    :param kv_scales: filled too; `None` passes over those that the checkpoint has.
     :raises CheckpointError: a file is missing or damaged, or the tensors are not those that the
         decoder wants; names the file, the tensor and both shapes.
     """
     folder = find_checkpoint(path, revision)
-    loads = list(_loads(decoder))
+    loads = [load for section in decoder.sections() for load in _loads(section)]
     with ExitStack() as stack, torch.no_grad():
         reader = CheckpointReader(list_files(folder), decoder.spec, device, stack)
         if decoder.spec.tied:
             _drop_tied_head(reader, decoder)
         _check(reader, loads, set(_whole_names(decoder)), folder)
-        wanted = [list(load.names(reader)) for load in loads]
-        total = sum(reader.num_bytes(name, part) for names in wanted for _, name, part in names)
+        if kv_scales is not None:
+            load_kv_scales(kv_scales, reader, decoder.spec, decoder.share)
+        total = sum(
+            reader.num_bytes(name, part) for load in loads for _, name, part in load.names(reader)
+        )
         num_read = 0
-        for load, names in zip(loads, wanted, strict=True):
-            report(num_read, total)
-            tensors = {suffix: reader.read(name, part) for suffix, name, part in names}
-            load.apply(tensors)
-            num_read += sum(tensor.nbytes for tensor in tensors.values())
+        for section in decoder.sections_to_fill():
+            for load in _loads(section):
+                report(num_read, total)
+                tensors = {suffix: reader.read(name, part) for suffix, name, part in load.names(reader)}
+                load.apply(tensors)
+                num_read += sum(tensor.nbytes for tensor in tensors.values())
+            _finalize(section)
         report(total, total)
-        finalize(decoder)
 
 
-def finalize(decoder: Decoder) -> None:
+def _finalize(section: Section) -> None:
     """Let the scheme repack what was loaded."""
-    for linear, module, scheme in decoder.linears():
+    for linear, module, scheme in section.linears:
         scheme.finalize(module, linear.local)
 
 
-def _loads(decoder: Decoder) -> Iterator[_Load]:
-    for weight in decoder.plain_weights():
+def _loads(section: Section) -> Iterator[_Load]:
+    for weight in section.plain:
         prefix, _, suffix = weight.name.rpartition(".")
         parts: dict[str, Part] = {} if weight.rows is None else {suffix: ((weight.rows,),)}
         tensors = {suffix: TensorSpec(weight.whole_shape)}
         yield _Load(prefix, tensors, parts, partial(_copy, weight.parameter, suffix))
-    for (local, whole), module, scheme in decoder.linears():
+    for (local, whole), module, scheme in section.linears:
         stored = replace(whole, bias=local.bias)  # some ranks leave it to another one
         for shard, (prefix, _) in enumerate(whole.shards):
             tensors = dict(scheme.tensors(stored, shard))
@@ -383,7 +391,7 @@ def _check(
     extra = [
         f"{stored.name} ({stored.file.name})"
         for name, stored in reader.tensors.items()
-        if name not in whole_names and not name.endswith(_HARMLESS_SUFFIX)
+        if name not in whole_names and not name.endswith(_HARMLESS_SUFFIX) and not is_about_cache(name)
     ]
     if extra:
         raise CheckpointError(
@@ -441,19 +449,19 @@ def load_dummy(decoder: Decoder, seed: int) -> None:
 
     :param seed: the same one gives the same values on the same kind of device.
     """
-    device = next(decoder.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(decoder.device).manual_seed(seed)
     neutral = 0.0 if decoder.spec.norm_style == "one_plus" else 1.0
     with torch.no_grad():
-        for weight in decoder.plain_weights():
-            if weight.name == _EMBEDDING:
-                _fill(weight.name, weight.parameter, decoder.spec.hidden_size, generator)
-            else:
-                weight.parameter.fill_(neutral)
-        for linear, module, _ in decoder.linears():
-            for name, tensor in _tensors_of(module):
-                _fill(name, tensor, linear.whole.in_features, generator)
-        finalize(decoder)
+        for section in decoder.sections_to_fill():
+            for weight in section.plain:
+                if weight.name == _EMBEDDING:
+                    _fill(weight.name, weight.parameter, decoder.spec.hidden_size, generator)
+                else:
+                    weight.parameter.fill_(neutral)
+            for linear, module, _ in section.linears:
+                for name, tensor in _tensors_of(module):
+                    _fill(name, tensor, linear.whole.in_features, generator)
+            _finalize(section)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -38,10 +38,10 @@ STARTERS: Final[dict[str, Starter]] = {
         first="`divide_layers` says what each rank holds, `collectives.py` how ranks talk.",
     ),
     "scheduler": Starter(
-        summary="The core's scheduler; of equal priorities, the shorter prompt goes first.",
-        use="serve demo --plugins {plugin} --scheduler {name} --scheduling-policy priority",
-        first="`add` in `scheduler.py` decides the order. Short prompts that keep coming can make a long "
-        "one wait for ever: bound that before you serve strangers.",
+        summary="The core's scheduler, which lets short prompts overtake long ones.",
+        use="serve demo --plugins {plugin} --scheduler {name}",
+        first="`rank` in `order.py` decides who goes first. What shares a step, and who is preempted, is "
+        "`TokenBudgetScheduler` of the core: wrap or replace it in `__init__.py`.",
     ),
     "kv_cache": Starter(
         summary="The core's KV cache, over a pool that knows how full it has been.",
@@ -84,7 +84,7 @@ STARTERS: Final[dict[str, Starter]] = {
     "events": Starter(
         summary="Prints a line for every request that ends.",
         use="serve demo --plugins {plugin}",
-        first="`core_subscribe` names the events that you want, `report` takes them in batches.",
+        first="`core_subscribe` names the events that you want, `Reporter` takes them in batches.",
     ),
     "command": Starter(
         summary="A command that counts the tokens of a text.",

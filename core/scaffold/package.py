@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import keyword
 import re
+import shlex
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -62,10 +63,10 @@ class NewPackage:
         """A command that uses the plugin."""
         return "python -m core " + self._fill(self.starter.use)
 
-    def next_commands(self) -> tuple[str, ...]:
-        """What to type once the package is there."""
+    def next_commands(self, folder: Path) -> tuple[str, ...]:
+        """List what to type once the package is there."""
         return (
-            f'cd {self.distribution} && python -m pip install -e ".[dev]"',
+            f'cd {shlex.quote(str(folder))} && python -m pip install -e ".[dev]"',
             "python -m pytest",
             self.use,
         )
@@ -149,7 +150,9 @@ def _check_name(name: str) -> str:
             f"letter: my-plugin"
         )
     if len(bare) > MAX_NAME_LENGTH:
-        raise ConfigError(f"NAME {name!r} has {len(bare)} characters; at most {MAX_NAME_LENGTH} will do")
+        raise ConfigError(
+            f"NAME {name!r} has {len(bare)} characters; at most {MAX_NAME_LENGTH} will do"
+        )
     if bare in RESERVED or keyword.iskeyword(bare):
         raise ConfigError(f"NAME {name!r} means something else already; choose another one")
     return bare
@@ -158,6 +161,4 @@ def _check_name(name: str) -> str:
 def _check_free(package: NewPackage) -> None:
     taken = discover().get(package.plugin)
     if taken is not None:
-        raise ConfigError(
-            f"{package.plugin} is a plugin of {taken.owner} already; choose another NAME"
-        )
+        raise ConfigError(f"{package.plugin} is a plugin of {taken.owner} already; choose another NAME")

@@ -151,7 +151,7 @@ def put(name, tensor):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop(Q_PROJ, "model.norm.weight"), rf"lacks 2 tensors: model\.norm\.weight, {Q_PROJ}"),
+        (drop(Q_PROJ, "model.norm.weight"), rf"lacks 2 tensors: {Q_PROJ}, model\.norm\.weight"),
         (drop("lm_head.weight"), r"lacks 1 tensors: lm_head\.weight"),
         (put("model.extra", torch.ones(2)), r"holds 1 tensors .* model\.extra \(model\.safetensors"),
         (

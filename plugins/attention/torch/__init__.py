@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 core_api = "1.0"
 
 DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
+KV_DTYPES: Final = (*DTYPES, "fp8", "fp8_e4m3", "float8_e4m3fn")
+"""Besides `auto`.  The last three are names of the same."""
 
 
 def make_backend(_plan: Any) -> AttentionBackend:
@@ -27,10 +29,10 @@ def make_backend(_plan: Any) -> AttentionBackend:
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why this backend cannot serve the requirements."""
     reasons = []
-    known = ", ".join(DTYPES)
     if requirements.dtype not in DTYPES:
-        reasons.append(f"dtype {requirements.dtype!r} is none of {known}")
-    if requirements.kv_cache_dtype not in ("auto", *DTYPES):
+        reasons.append(f"dtype {requirements.dtype!r} is none of {', '.join(DTYPES)}")
+    if requirements.kv_cache_dtype not in ("auto", *KV_DTYPES):
+        known = ", ".join(KV_DTYPES)
         reasons.append(f"kv_cache_dtype {requirements.kv_cache_dtype!r} is none of auto, {known}")
     return reasons
 

@@ -6,6 +6,9 @@ rows are copied next to one another and attended densely under a mask.  Tiles ar
 the copy to stay in the processor's cache, and rows that share one are so alike that little is
 padding.  Padding repeats the last position of its row: what no row has written may be NaN, which
 not even a weight of zero would cancel, so it is never read.
+
+Where the cache is narrower than the model, every query sees the numbers that are stored, those of
+its own step too: how a prompt is cut into steps must not show.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from plugins.attention.torch.narrowing import narrow, rescale, storage_dtype, widen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +77,10 @@ class StepMeta:
 class TorchAttention:
     """The reference among the attention backends; fulfils `core.interfaces.AttentionBackend`.
 
+    Keeps quantized keys and values too: `core.interfaces.SupportsQuantizedKV`.  Their scales are never
+    multiplied with what is read: those of the keys go into the queries, those of the values into the
+    output, which is the same sum with one multiplication for each query instead of each key.
+
     The cache is [layers, 2, num_blocks, G, block_size, D]: what one head has in one block lies
     together.  It is left uninitialised, since nothing is read that has not been written.
 
@@ -81,7 +90,9 @@ class TorchAttention:
     _spec: KVCacheSpec
     _limits: TileLimits
     _cache: torch.Tensor
-    _scratch: tuple[torch.Tensor, torch.Tensor]
+    _scales: torch.Tensor | None
+    """[layers, 2, G] float32, of keys and of values; `None` for ones."""
+    _scratch: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, limits: TileLimits | None = None) -> None:
         self._wanted_limits = limits
@@ -94,9 +105,21 @@ class TorchAttention:
         self._limits = self._wanted_limits or default
         page = (spec.num_kv_heads, spec.block_size, spec.head_dim)
         self._cache = torch.empty(
-            (spec.num_layers, 2, spec.num_blocks, *page), dtype=spec.dtype, device=spec.device
+            (spec.num_layers, 2, spec.num_blocks, *page),
+            dtype=storage_dtype(spec.dtype),
+            device=spec.device,
         )
-        self._scratch = self._new_scratch(self._limits.num_elements)
+        self._scales = None
+        self._scratch = {}
+        self._scratch_like((self._limits.num_elements,), self._cache.dtype)  # part of what it takes
+
+    def set_kv_scales(self, k_scales: torch.Tensor, v_scales: torch.Tensor, /) -> None:
+        """Take the factors by which stored values are multiplied when they are read.
+
+        :param k_scales: [layers, G] float32.
+        :param v_scales: [layers, G] float32.
+        """
+        self._scales = torch.stack((k_scales, v_scales), dim=1).to(self._spec.device)
 
     def cache_bytes_per_block(self, spec: KVCacheSpec, /) -> int:
         """Bytes of one block over all layers; `spec.num_blocks` is ignored."""
@@ -126,44 +149,55 @@ class TorchAttention:
         :return: [T, H, D] in q's dtype.
         """
         cache = self._cache[spec.layer]
-        fresh = (k.to(cache.dtype), v.to(cache.dtype))
-        for pages, tokens in zip(cache, fresh, strict=True):
-            pages.transpose(1, 2)[meta.blocks, meta.offsets] = tokens
+        k_scales, v_scales = (None, None) if self._scales is None else self._scales[spec.layer]
+        stored = (narrow(k, self._spec.dtype, k_scales), narrow(v, self._spec.dtype, v_scales))
+        for pages, tokens in zip(cache, stored, strict=True):
+            pages.transpose(1, 2)[meta.blocks, meta.offsets] = tokens.view(cache.dtype)
+        fresh = tuple(
+            x if x.dtype == q.dtype else widen(x, torch.empty_like(x, dtype=q.dtype)) for x in stored
+        )
         if spec.window not in meta.tiles:
             cutter = TileCutter(meta.batch, self._spec, spec.window or NO_WINDOW, self._limits)
             meta.tiles[spec.window] = list(cutter.cut())
+        q = rescale(q, k_scales)
         out = q.new_empty(q.shape)
         for tile in meta.tiles[spec.window]:
-            keys, values = (x.to(q.dtype) for x in self._side_by_side(cache, tile, fresh))
+            keys, values = self._side_by_side(cache, tile, fresh)
             out[tile.tokens] = attend(q[tile.tokens], keys, values, tile.mask, spec)
-        return out
+        return rescale(out, v_scales)
 
     def _side_by_side(
-        self, cache: torch.Tensor, tile: Tile, fresh: tuple[torch.Tensor, torch.Tensor]
+        self, cache: torch.Tensor, tile: Tile, fresh: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Bring a tile's keys and values into the form [N, G, M, D]."""
+        """Bring a tile's keys and values into the form [N, G, M, D].
+
+        :param fresh: those of this step, [T, G, D] in the dtype to attend in.
+        """
         if isinstance(tile.keys, slice):
             return tuple(tokens[tile.keys].transpose(0, 1).unsqueeze(0) for tokens in fresh)
         num_rows, _, num_keys = tile.mask.shape
         shape = (num_rows, cache.shape[2], num_keys, cache.shape[4])
-        copies = self._scratch_like(shape)
+        copies = self._scratch_like(shape, cache.dtype)
         for pages, copy in zip(cache, copies, strict=True):
             torch.index_select(pages.flatten(0, 2), 0, tile.keys, out=copy.view(-1, shape[3]))
-        return copies
+        dtype = fresh[0].dtype
+        if dtype == self._spec.dtype:
+            return copies
+        wide = self._scratch_like(shape, dtype)
+        return tuple(widen(x.view(self._spec.dtype), y) for x, y in zip(copies, wide, strict=True))
 
-    def _scratch_like(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    def _scratch_like(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Lend memory for one tile's keys and values.
 
         New memory for each copy would cost more in page faults than the copying itself.
         """
         size = int(np.prod(shape))
-        if size > len(self._scratch[0]):
-            self._scratch = self._new_scratch(size)
-        return tuple(memory[:size].view(shape) for memory in self._scratch)
-
-    def _new_scratch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # Two allocations, as kernels on GPUs want both to begin at a multiple of 16 bytes.
-        return self._cache.new_empty(size), self._cache.new_empty(size)
+        if dtype not in self._scratch or size > len(self._scratch[dtype][0]):
+            length = max(size, self._limits.num_elements)
+            # Two allocations, as kernels on GPUs want both to begin at a multiple of 16 bytes.
+            first, second = (self._cache.new_empty(length, dtype=dtype) for _ in range(2))
+            self._scratch[dtype] = first, second
+        return tuple(memory[:size].view(shape) for memory in self._scratch[dtype])
 
 
 # --- cutting a step into tiles ---------------------------------------------------------------------
