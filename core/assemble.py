@@ -20,9 +20,25 @@ import pydantic
 from core.config import DEFAULT_ORIGIN
 from core.demo import find_model
 from core.engine import EngineCore
-from core.errors import ConfigError, PlanError, PluginNotFoundError
+from core.errors import (
+    ConfigError,
+    CytheraError,
+    PlanError,
+    PluginCallError,
+    PluginNotFoundError,
+)
 from core.events import EventBus
-from core.interfaces import Executor, KVCache, Scheduler, missing_members
+from core.interfaces import (
+    AttentionBackend,
+    Executor,
+    KVCache,
+    PipelineParallel,
+    QuantScheme,
+    Sampler,
+    Scheduler,
+    TensorParallel,
+    missing_members,
+)
 from core.offload import NUM_BUFFERS, choose_layers
 from core.pluginhost import PluginHost, PluginSelection, Selected, discover
 from core.registry import (
@@ -43,13 +59,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.config import EngineConfig
-    from core.interfaces import (
-        AttentionBackend,
-        PipelineParallel,
-        QuantScheme,
-        Sampler,
-        TensorParallel,
-    )
     from core.link import RelayBus
     from core.messages import OutputBatch
     from core.model.spec import ModelSpec
@@ -761,13 +770,13 @@ def make_parts(plan: Plan, rank: int = 0, device: str = "") -> Parts:
     """
     choices = plan.choices
     return Parts(
-        attention=plan.factory("attention")(plan),
-        scheme=plan.factory("quant")(plan),
-        sampler=plan.factory("sampler")(plan),
+        attention=_make(plan, AttentionBackend, "attention"),
+        scheme=_make(plan, QuantScheme, "quant"),
+        sampler=_make(plan, Sampler, "sampler"),
         rank=rank,
         device=device,
-        tensor=plan.factory("tensor")(plan, rank) if "tensor" in choices else None,
-        pipeline=plan.factory("pipeline")(plan, rank) if "pipeline" in choices else None,
+        tensor=_make(plan, TensorParallel, "tensor", rank) if "tensor" in choices else None,
+        pipeline=_make(plan, PipelineParallel, "pipeline", rank) if "pipeline" in choices else None,
     )
 
 
@@ -840,9 +849,20 @@ def _make(plan: Plan, protocol: type, kind: str, *arguments: Any) -> Any:
     """Build the part that the plan names, and check it against its Protocol, once.
 
     :raises PlanError: listing everything that is missing.
+    :raises PluginCallError: the factory has raised something that is no error of cythera.
     """
-    part = plan.factory(kind)(plan, *arguments)
+    choice = plan.choices[kind]
+    try:
+        part = plan.factory(kind)(plan, *arguments)
+    except CytheraError:
+        raise
+    except Exception as error:
+        who = f"{choice.registered.plugin} ({choice.registered.distribution})"
+        raise PluginCallError(
+            f"plugin {who} cannot build its {kind} {choice.name!r}: {type(error).__name__}: {error}",
+            plugin=choice.registered.plugin,
+        ) from error
     problems = missing_members(part, protocol)
     if problems:
-        raise PlanError([f"{kind} {plan.choices[kind].name}: {problem}" for problem in problems])
+        raise PlanError([f"{kind} {choice.name}: {problem}" for problem in problems])
     return part

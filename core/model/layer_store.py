@@ -140,8 +140,8 @@ class LayerStore:
             return slots.qkv(stream)
 
         def down(inner: Any, stream: Any) -> Any:
-            out = slots.down(inner, stream)
             self.leave(turn)
+            out = slots.down(inner, stream)
             return out
 
         return slots._replace(qkv=qkv, down=down)

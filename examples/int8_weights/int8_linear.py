@@ -1,8 +1,8 @@
-"""The layer that holds int8, the scheme that fills it, and the writer of what the scheme reads."""
+"""The layer that holds int8, and the scheme that fills it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
-
-    from core.quant.calibration import CalibratedLayer
 
 LARGEST: Final = 127
 
@@ -92,28 +90,3 @@ class Int8Scheme:
 
     def finalize(self, module: nn.Module, spec: LinearSpec, /) -> None:
         """Do nothing: codes are used as they were loaded."""
-
-
-class Int8Writer:
-    """Fulfils `core.quant.calibration.LayerQuantizer`; looks at weights only, not at activations.
-
-    :param config: `quantization_config` of the checkpoint.
-    """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._config = config
-
-    def quantize_layer(self, layer: CalibratedLayer, /) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Quantize the linear layers that are not ignored."""
-        return {
-            prefix: quantize(weight) | ({} if bias is None else {"bias": bias})
-            for name, linear in layer.linears.items()
-            if name not in layer.ignored
-            for (prefix, _), weight, bias in zip(
-                linear.spec.shards, linear.weights, linear.biases, strict=True
-            )
-        }
-
-    def config(self) -> dict[str, Any]:
-        """Return what `make_scheme` reads."""
-        return self._config

@@ -1,8 +1,8 @@
 """Weights of linear layers as int8, one scale for each output feature.
 
 Reads checkpoints whose `quantization_config` states the method `int8-rows`, writes them, and converts
-others while they are loaded: `--quantization int8`.  This module only declares; `int8_linear` has the
-tensors, so that listing plugins and making plans need no torch.
+others while they are loaded: `--quantization int8`.  This module only declares; `int8_linear` and
+`int8_writer` have the tensors, so that listing plugins and making plans need no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_scheme(plan: Plan) -> QuantScheme:
 
 def make_writer(options: QuantizeOptions) -> LayerQuantizer:
     """Build what writes checkpoints; the only option that means something to it is `ignore`."""
-    from int8_linear import Int8Writer  # noqa: PLC0415  imports torch
+    from int8_writer import Int8Writer  # noqa: PLC0415  imports torch
 
     return Int8Writer({"quant_method": METHOD, "ignore": list(options.ignore)})
 

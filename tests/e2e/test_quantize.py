@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from core import LLM, SamplingParams
 from core.cli import main
+from core.quant.names import matches
 from core.quant.perplexity import measure
 from core.quant.samples import SampleReader
 from core.testing.checkpoints import make_checkpoint, reference_logits
@@ -117,6 +118,17 @@ def test_transformers_computes_the_same_from_what_was_written(scheme, text, tmp_
     assert records is not None
     found = [record[t].logprob for t, record in zip(token_ids[1:], records[1:], strict=True) if record]
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["fp8-channel", "fp8-tensor-static"])
+def test_parts_that_the_decoder_does_not_run_are_named_as_not_quantized(method, text, tmp_path):
+    source, out = make_source("gemma3-multimodal", tmp_path / "source"), tmp_path / "out"
+    assert run(source, out, text, *METHODS[method], "--num-eval-samples=0") == 0
+    stated = json.loads((out / "config.json").read_text())["quantization_config"]
+    patterns = stated.get("ignore") or stated["ignored_layers"]
+    others = [name for name in load_file(out / "model.safetensors") if "vision_tower" in name]
+    assert others
+    assert all(any(matches(name, pattern) for pattern in patterns) for name in others)
 
 
 def test_errors_are_told_and_leave_nothing(text, tmp_path, capsys):

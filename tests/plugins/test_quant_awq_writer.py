@@ -186,6 +186,17 @@ def test_rounding_errs_by_half_a_step(values, shift, scale):
     assert ((rounded.dequantize() - groups).abs().amax(-1) <= bound).all()
 
 
+@pytest.mark.parametrize("magnitude", [1e-5, 1e-2, 1e3])
+def test_no_code_is_nearer(magnitude):
+    """For the scale that is stored; and small weights have as many steps as others."""
+    groups = torch.randn(2000, 1, 16, generator=torch.Generator().manual_seed(0)) * magnitude
+    codes, zeros, scales = (part.double() for part in round_to_nearest(groups))
+    off = ((torch.arange(16) - zeros).unsqueeze(-2) * scales.unsqueeze(-1) - groups.unsqueeze(-1)).abs()
+    chosen = off.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+    assert ((chosen - off.amin(-1)) / scales).max() < 1e-4
+    assert (codes.amax(-1) - codes.amin(-1)).min() >= 13
+
+
 def test_zero_stays_zero():
     groups = torch.tensor([[[0.0, 0.0]], [[0.0, 3.0]], [[-1.0, 0.0]], [[1e-12, 0.0]]])
     assert (round_to_nearest(groups).dequantize()[groups == 0] == 0).all()
@@ -338,6 +349,19 @@ def test_queries_and_keys_are_not_clipped(kind):
     plain, num_exact = plainly_rounded(exact), layer.model.q_size + layer.model.kv_size
     assert torch.equal(weights["qkv_proj"][:num_exact], plain[:num_exact])
     assert not torch.equal(weights["qkv_proj"][num_exact:], plain[num_exact:])
+
+
+def test_clipping_goes_by_the_inputs_after_scaling():
+    layer, _ = make_layer("heads")
+    writer = make_writer()
+    weights = read_back(writer, layer, writer.quantize_layer(layer))
+    for name in ("out_proj", "gate_up_proj", "down_proj"):
+        exact, stats = torch.cat(layer.linears[name].weights), gather_stats(layer.linears[name].inputs)
+        limits = find_limits(exact, stats, SIZE)
+        clipped = clip(exact.unflatten(-1, (-1, SIZE)), limits).flatten(1)
+        # Sums in another order may move a limit.
+        is_same = (weights[name] == plainly_rounded(clipped)).float().mean()
+        assert is_same > 0.99, name
 
 
 # --- layers ----------------------------------------------------------------------------------------

@@ -254,6 +254,19 @@ def test_skipped_layers_stay_as_they_are(key, tmp_path):
     assert logits_of(decoder, attention).isfinite().all()
 
 
+def test_scales_of_another_shape_are_found_before_anything_is_read(tmp_path):
+    write_pair(CONFIGS["compressed channel dynamic"], "llama3", tmp_path)
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight_scale"] = torch.ones(1, 64)
+    save_file(tensors, file, {"format": "pt"})
+    decoder, _ = make_decoder_of(tmp_path / "quantized")
+    with pytest.raises(
+        CheckpointError, match=r"down_proj\.weight_scale has shape \[1, 64\], .* \[64\]"
+    ):
+        load_weights(decoder, tmp_path / "quantized", device=CPU)
+
+
 def test_shards_must_agree_on_being_skipped(tmp_path):
     config = {**CONFIGS["native tensor dynamic"], "ignored_layers": ["model.layers.0.self_attn.k_proj"]}
     write_pair(config, "llama3", tmp_path)

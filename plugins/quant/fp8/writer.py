@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import torch
 
 from core.errors import CheckpointError, ConfigError
 from core.quant.compressed_tensors import METHOD as COMPRESSED
+from core.quant.names import REGEX
 from plugins.quant.fp8.blocks import BLOCK_SIZE, block_of, quantize
 from plugins.quant.fp8.compressed import FLOAT_QUANTIZED
 from plugins.quant.fp8.formats import Strategy
@@ -40,12 +42,14 @@ class Fp8Writer:
         self._strategy = cast("Strategy", options.strategy)
         self._is_static = options.activation_scheme == "static"
         self._ignored: list[str] = []
+        self._other_parts: tuple[str, ...] = ()
 
     def quantize_layer(self, layer: CalibratedLayer, /) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Quantize the linear layers that are not ignored.
 
         :raises CheckpointError: a weight or an input is NaN or infinite.
         """
+        self._other_parts = layer.model.ignored_prefixes
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for name, linear in layer.linears.items():
             if name in layer.ignored:
@@ -57,11 +61,14 @@ class Fp8Writer:
     def config(self) -> dict[str, Any]:
         """Return `quantization_config`; it names the layers that were ignored one by one.
 
-        Other engines know no patterns in the native format.
+        Other engines know no patterns in the native format.  Parts that the decoder does not run are
+        named too, as those who run them would look for scales there.
         """
         ignored = [*self._ignored, _HEAD]
         if self._strategy == "channel":
+            ignored += [f"{REGEX}{re.escape(prefix)}" for prefix in self._other_parts]
             return _compressed_config(ignored, is_static=self._is_static)
+        ignored += [prefix.removesuffix(".") for prefix in self._other_parts]
         config: dict[str, Any] = {
             "quant_method": NATIVE,
             "activation_scheme": "static" if self._is_static else "dynamic",
