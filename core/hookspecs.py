@@ -139,9 +139,9 @@ def core_register_executors() -> Iterable[ExecutorEntry]:  # type: ignore[empty-
 
 @hookspec
 def core_register_launchers() -> Iterable[LauncherEntry]:  # type: ignore[empty-body]
-    """Contribute launchers, which start the processes of several ranks.
+    """Contribute launchers, which start the processes of ranks: `--distributed-executor-backend`.
 
-    Chosen with `--distributed-executor-backend`.  Called once, in every process.
+    Called once, in every process.
 
     :return: descriptors; `None` or nothing for none.
     :raises Exception: aborts the start and names the plugin.
@@ -218,7 +218,7 @@ def core_register_commands(subcommands: Callable[[str, Callable[..., Any]], None
     """
 
 
-# --- decide: once, in the engine's process ---------------------------------------------------------
+# --- decide: in every process that makes the plan, with the same result in each --------------------
 
 
 @hookspec(firstresult=True)
@@ -227,8 +227,9 @@ def core_select_backend(
 ) -> str | None:
     """Choose the backend of a kind that the configuration leaves on `auto`.
 
-    Called once for each such kind, in the engine's process.  Stops at the first result that is
-    not `None`; without one the supporting candidate with the highest priority is taken.
+    Called once for each such kind, in every process that makes the plan: where clients are served,
+    the engine's, and each rank's.  Stops at the first result that is not `None`; without one the
+    supporting candidate with the highest priority is taken.
 
     :param kind: `attention` …, a key of `core.registry.KINDS`.
     :param candidates: those that reported no reason against the requirements.
@@ -244,7 +245,8 @@ def core_select_backend(
 def core_check_plan(plan: Plan) -> Iterable[str]:  # type: ignore[empty-body]
     """Object to a plan.  All objections of all plugins are shown together and abort the start.
 
-    Called once, in the engine's process, when everything has been decided and nothing built.
+    Called once, in every process that makes the plan, when everything has been decided and nothing
+    built.
 
     :param plan: frozen.
     :return: one sentence per objection; `None` or nothing to agree.
@@ -258,7 +260,7 @@ def core_check_plan(plan: Plan) -> Iterable[str]:  # type: ignore[empty-body]
 def core_report_header(plan: Plan) -> Iterable[str]:  # type: ignore[empty-body]
     """Add lines to the banner that is shown at start.
 
-    Called once, in the engine's process, after the plan has been accepted.
+    Called once, in the process that serves clients, when the engine is ready.
 
     :param plan: frozen.
     :return: lines of text; `None` or nothing for none.

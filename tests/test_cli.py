@@ -120,8 +120,12 @@ VALUES = {
     "request_timeout": (["7"], 7.0),
     "queue_timeout": (["7"], 7.0),
     "shutdown_timeout": (["7"], 7.0),
+    "join_timeout": (["7"], 7.0),
+    "rank_timeout": (["7"], 7.0),
+    "step_timeout": (["7"], 7.0),
+    "cpu_offload_gb": (["1.5"], 1.5),
 }
-SECRETS = {"api_key"}
+SECRETS = {"api_key", "cluster_key"}
 
 
 @pytest.mark.parametrize(

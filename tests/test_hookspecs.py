@@ -23,6 +23,7 @@ LIFECYCLE = [
     "core_register_schedulers",
     "core_register_kv_caches",
     "core_register_executors",
+    "core_register_launchers",
     "core_register_models",
     "core_register_frontends",
     "core_register_servers",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import LLM, SamplingParams
 from core.assemble import resolve
 from core.config import load_config
 from core.errors import ConfigError
 from core.offload import choose_layers
 from core.sharding import Span
 from core.testing.checkpoints import make_checkpoint
+from core.testing.simulated_ranks import Recorder, replay
 
 GIB = 2**30
 
@@ -95,3 +99,54 @@ def test_the_plan_says_what_is_where(path):
 def test_impossible_sizes_are_refused(value, path):
     with pytest.raises(ConfigError, match="cpu_offload_gb"):
         load_config({"model": str(path), "cpu_offload_gb": value})
+
+
+# --- engines ---------------------------------------------------------------------------------------
+
+QUANTIZED = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": True},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+}
+PROMPTS = [[7, 3, 9, 11, 5], list(range(4, 44)), [100]]
+PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, prompt_logprobs=1)
+
+
+def settings_of(path, **changes):
+    usual = {"model": str(path), "device": "cpu", "dtype": "float32", "num_kv_blocks": 40}
+    return {**usual, "max_num_batched_tokens": 24, "max_model_len": 64, "max_num_seqs": 4, **changes}
+
+
+def generate(settings):
+    with LLM(**settings) as llm:
+        results = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    return [(r.outputs[0].token_ids, r.prompt_logprobs) for r in results]
+
+
+@pytest.mark.parametrize("method", sorted(QUANTIZED))
+def test_quantized_layers_of_an_engine(method, path, tmp_path):
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = QUANTIZED[method]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = settings_of(tmp_path, load_format="dummy")
+    expected = generate(settings)
+    one = resolve(load_config(settings)).plan.layer_bytes / GIB
+    for size in (one, 3 * one, 1.0):
+        assert generate({**settings, "cpu_offload_gb": size}) == expected
+
+
+def test_layers_that_are_quantized_while_they_are_loaded(path):
+    settings = settings_of(path, quantization="fp8", kv_cache_dtype="fp8")
+    assert generate({**settings, "cpu_offload_gb": 1.0}) == generate(settings)
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (2, 2)], ids=str)
+def test_every_rank_keeps_its_own(mesh, path):
+    settings = settings_of(path, cpu_offload_gb=1.0)
+    with LLM(**settings) as llm:
+        recorder = llm.engine.executor = Recorder(llm.engine.executor)
+        llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    sizes = {"tensor_parallel_size": mesh[0], "pipeline_parallel_size": mesh[1]}
+    results = replay({**settings, **sizes}, recorder.steps, num_blocks=41)
+    assert [r.tokens for r in results] == [expected.tokens for _, expected in recorder.steps]

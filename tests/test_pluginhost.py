@@ -510,6 +510,10 @@ def test_hook_core_register_executors(start):
     declares(start, "core_register_executors", "executor")
 
 
+def test_hook_core_register_launchers(start):
+    declares(start, "core_register_launchers", "launcher")
+
+
 def test_hook_core_register_models(start):
     declares(start, "core_register_models", "model")
 

@@ -140,8 +140,8 @@ class LayerStore:
             return slots.qkv(stream)
 
         def down(inner: Any, stream: Any) -> Any:
-            self.leave(turn)
             out = slots.down(inner, stream)
+            self.leave(turn)
             return out
 
         return slots._replace(qkv=qkv, down=down)

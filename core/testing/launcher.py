@@ -140,10 +140,9 @@ class LauncherConformance:
 
 def expect_answer(handle: RankHandle, rank: int) -> None:
     """Ask a rank how far it is, and wait until it says so."""
-    handle.sock.setblocking(True)
-    handle.sock.settimeout(PATIENCE)
     framer, deadline = Framer(FromRank), time.monotonic() + PATIENCE
     try:
+        handle.sock.settimeout(PATIENCE)
         handle.sock.sendall(encode(Ping()))
         while time.monotonic() < deadline:
             data = handle.sock.recv(READ_BYTES)

@@ -61,10 +61,6 @@ class LoneLinear(nn.Module):
         """As `Decoder.sections_to_fill`."""
         return self.sections()
 
-    def linears(self) -> Iterator[tuple[SplitLinear, nn.Module, QuantScheme]]:
-        """As `Decoder.linears`."""
-        yield self.split, self.linear, self.scheme
-
     def whole_linears(self) -> Iterator[tuple[LinearSpec, QuantScheme]]:
         """As `Decoder.whole_linears`."""
         yield self.split.whole, self.scheme

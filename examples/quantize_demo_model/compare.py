@@ -35,27 +35,31 @@ class Way:
     """Bits per weight, if no report tells them."""
 
 
-GPTQ: Final = {"method": "gptq", "group_size": 128}
+GPTQ: Final = {"method": "gptq"}
+AWQ: Final = {"method": "awq"}
 FP8: Final = {"method": "fp8"}
+STATIC: Final = {"activation_scheme": "static"}
+ZEROS: Final = {"symmetric": False}
+KEEP: Final = {"plugin_settings": {"quant.fp8": {"activations": "keep"}}}
 WAYS: Final = (
     Way("not quantized", bits=PLAIN_BITS),
-    Way("fp8 at load, a scale per row", served={"quantization": "fp8"}, bits=8.0),
-    Way("fp8, a scale per row, dynamic", written=FP8),
-    Way("fp8, a scale per row, static", written=FP8 | {"activation_scheme": "static"}),
-    Way(
-        "fp8, a scale per tensor, static",
-        written=FP8 | {"strategy": "tensor", "activation_scheme": "static"},
-    ),
-    Way("fp8, a scale per block, dynamic", written=FP8 | {"strategy": "block"}),
+    Way("fp8 at load", served={"quantization": "fp8"}, bits=8.0),
+    Way("fp8 at load, inputs kept", served={"quantization": "fp8", **KEEP}, bits=8.0),
+    Way("fp8, scale per row, dynamic", written=FP8),
+    Way("fp8, scale per row, static", written=FP8 | STATIC),
+    Way("fp8, scale per tensor, static", written=FP8 | STATIC | {"strategy": "tensor"}),
+    Way("fp8, scale per block, dynamic", written=FP8 | {"strategy": "block"}),
     Way("gptq, 8 bits", written=GPTQ | {"bits": 8}),
-    Way("gptq, 4 bits", written=GPTQ | {"bits": 4}),
-    Way("gptq, 4 bits, act order", written=GPTQ | {"bits": 4, "act_order": True}),
-    Way("gptq, 4 bits, groups of 32", written=GPTQ | {"bits": 4, "group_size": 32}),
-    Way("awq, 4 bits", written={"method": "awq", "bits": 4, "group_size": 128}),
-    Way("awq, 4 bits, groups of 32", written={"method": "awq", "bits": 4, "group_size": 32}),
-    Way("gptq, 3 bits", written=GPTQ | {"bits": 3}),
-    Way("gptq, 2 bits", written=GPTQ | {"bits": 2}),
+    Way("gptq, 4 bits", written=GPTQ),
+    Way("gptq, 4 bits, act order", written=GPTQ | {"act_order": True}),
+    Way("gptq, 4 bits, zero points", written=GPTQ | ZEROS),
+    Way("gptq, 4 bits, zero points, groups of 32", written=GPTQ | ZEROS | {"group_size": 32}),
+    Way("awq, 4 bits", written=AWQ),
+    Way("awq, 4 bits, groups of 32", written=AWQ | {"group_size": 32}),
+    Way("gptq, 3 bits, zero points", written=GPTQ | ZEROS | {"bits": 3}),
+    Way("gptq, 2 bits, zero points", written=GPTQ | ZEROS | {"bits": 2}),
 )
+"""Groups have 128 inputs where nothing else is said."""
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

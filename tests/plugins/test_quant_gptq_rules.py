@@ -185,6 +185,8 @@ def test_what_is_not_packed_is_refused(config, reason):
         (CONFIG | {"group_size": 48, "bits": 3}, 3 + 16 / 48, 96),
         (CONFIG | {"dynamic": {"x": {"bits": 8, "group_size": 96}}}, 8 + 16 / 96, 384),
         (packed_config(), 4.5, 32),
+        (packed_config({"actorder": "group", "symmetric": False}), 4.75, 8),
+        (packed_config({"actorder": "weight"}), 4.5, 32),
         (packed_config({"strategy": "channel", "group_size": None, "num_bits": 8}), 8, 4),
     ],
 )

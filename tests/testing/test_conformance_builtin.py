@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
+
 from core import testing
 from core.builtin import core_register_executors, core_register_launchers, core_register_samplers
 from core.model.families import BUILTIN_MODELS
@@ -59,6 +61,7 @@ def test_the_kit_does_not_wait_for_torch():
 
 class TestSampler(SamplerConformance):
     entry = SAMPLER
+    settings = settings(SamplerConformance.settings, max_examples=12)
 
 
 class OfFamily:
