@@ -23,8 +23,9 @@ from core.scheduler import TokenBudgetScheduler
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Parts, Plan
+    from core.assemble import Parts
     from core.interfaces import Executor, KVCache
+    from core.plan import Plan
     from core.ranks.executor import Launcher
     from core.registry import ModelEntry
 

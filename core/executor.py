@@ -22,7 +22,8 @@ from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core.assemble import Parts, Plan
+    from core.assemble import Parts
+    from core.plan import Plan
     from core.sampling import Sampled
 
 _CPU_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the KV cache

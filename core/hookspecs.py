@@ -16,9 +16,9 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from core.assemble import Plan
     from core.events import Subscription
     from core.interfaces import Executor, KVCache, Scheduler
+    from core.plan import Plan
     from core.registry import (
         AttentionEntry,
         ExecutorEntry,

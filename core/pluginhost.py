@@ -46,7 +46,7 @@ from core.registry import KINDS, Descriptor, Registry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from core.assemble import Plan
+    from core.plan import Plan
     from core.registry import Registered, Requirements
 
 T = TypeVar("T")

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from types import TracebackType
 
-    from core.assemble import ActivePlugins, Plan
+    from core.assemble import ActivePlugins
     from core.async_engine import OutputStream
     from core.config import EngineConfig
+    from core.plan import Plan
     from core.process import EngineLink
     from core.request import RequestLimits, SamplingParams
     from core.tokenizer import Tokenizer

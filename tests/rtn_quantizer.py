@@ -98,8 +98,8 @@ class Int8Writer:
         norm = layer.norms["mlp_norm"]
         is_one_plus = layer.model.norm_style == "one_plus"
         norm.copy_((norm - 1) / 2 if is_one_plus else norm / 2)
-        for weight in layer.linears["gate_up_proj"].weights:
-            weight.mul_(2)
+        weights = layer.linears["gate_up_proj"].weights
+        weights[:] = [weight * 2 for weight in weights]
 
     def config(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "ignored": self._ignored}

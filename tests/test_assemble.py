@@ -8,7 +8,7 @@ import pytest
 
 from core.assemble import make_parts, resolve
 from core.config import load_config
-from core.errors import PlanError, PluginCallError
+from core.errors import CheckpointError, PlanError, PluginCallError
 from core.testing.checkpoints import make_checkpoint
 
 PLUGIN = '''
@@ -90,6 +90,24 @@ def test_the_checkpoint_chooses_its_quantizer(quantized):
     assert (choice.name, choice.why) == ("gptq", "stated by the checkpoint")
     awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     assert plan_of(quantized(**awq)).choices["quant"].name == "awq"
+
+
+@pytest.mark.parametrize(
+    ("file", "stated", "method"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}, "awq"),
+    ],
+)
+def test_older_tools_state_it_in_a_file_beside_the_config(file, stated, method, model, tmp_path):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    (tmp_path / file).write_text(json.dumps({**stated, "zero_point": True}))
+    plan = plan_of(tmp_path)
+    assert plan.choices["quant"].name == method
+    assert plan.quantization["quant_method"] == method
+    (tmp_path / file).write_text("[1]")
+    with pytest.raises(CheckpointError, match=f"{file} holds no table"):
+        plan_of(tmp_path)
 
 
 def test_plain_weights_are_not_quantized_unless_asked_for(model):

@@ -17,7 +17,8 @@ from core.step import NO_TOKEN, StepPlan, StepResult
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from core.assemble import Parts, Plan
+    from core.assemble import Parts
+    from core.plan import Plan
 
 core_api = "1.0"
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.assemble import ActivePlugins, Plan, resolve, start_plugins
+from core.assemble import ActivePlugins, resolve, start_plugins
 from core.config import flag_origin, load_config
 from core.demo import find_model
 from core.errors import ConfigError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from core.config import EngineConfig
+    from core.plan import Plan
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
     from core.quant.report import LayerReport, Report
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from core.assemble import Plan
     from core.interfaces import LinearSpec, QuantScheme, TensorSpec
+    from core.plan import Plan
 
 TOKENS_AT_ONCE: Final = 4096
 """Of a forward: more would only make the activations larger."""

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from core.assemble import Plan
     from core.interfaces import LinearSpec, QuantScheme
     from core.model.decoder import Decoder
     from core.model.spec import ModelSpec
+    from core.plan import Plan
     from core.quant.calibration import CalibratedLayer, LayerQuantizer, QuantizeOptions
     from core.quant.quality import QualityProbe
     from core.quant.report import Quality

@@ -28,8 +28,8 @@ from core.sharding import divide
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from core.assemble import Plan
     from core.config import EngineConfig
+    from core.plan import Plan
     from core.ranks.launch import Worker
     from core.ranks.watch import RankHandle
 

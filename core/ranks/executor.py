@@ -20,7 +20,7 @@ from core.ranks.watch import STARTING, RankGroup
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from core.assemble import Plan
+    from core.plan import Plan
     from core.ranks.watch import RankHandle
     from core.step import StepPlan, StepResult
 

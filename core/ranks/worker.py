@@ -45,8 +45,8 @@ from core.ranks.network import interface_towards
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from core.assemble import Plan
     from core.interfaces import Executor
+    from core.plan import Plan
 
 EXIT_GRACE: Final = 5.0
 """Seconds that a rank gets to end by itself."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
 
-from core.assemble import Assembly, Parts, Plan, make_parts, resolve
+from core.assemble import Assembly, Parts, make_parts, resolve
 from core.blocks import BlockPool
 from core.config import load_config
 from core.errors import CapacityError
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from core.interfaces import Sampler
+    from core.plan import Plan
     from core.registry import ExecutorEntry
     from core.sampling import Sampled, SampleRows
     from core.step import RowEntry, StepPlan, StepResult

@@ -66,10 +66,15 @@ DISTRIBUTIONS: Final[dict[str, dict[str, Any]]] = {
     "min_p": {"min_p": 0.2},
     "bias and bans": {"logit_bias": {2: 1.0}, "banned_token_ids": [4]},
     "repetition": {"repetition_penalty": 1.7},
+    "presence": {"presence_penalty": 0.8},
+    "frequency": {"frequency_penalty": 0.6},
     "everything": EVERYTHING,
 }
 LOGITS: Final = [0.3, -0.4, 1.1, 0.9, 1.6, -1.2, 0.05, 2.0]
 """One step of a vocabulary of eight; no two are equal."""
+PROMPT: Final = [0, 3, 3]
+OUTPUTS: Final = [2, 5, 2]
+"""What had been drawn already where frequencies are counted; penalties tell it from the prompt."""
 
 
 class SamplerConformance:
@@ -162,14 +167,14 @@ class SamplerConformance:
         """
         num_steps = 8
         num_rows = self.num_draws // num_steps
-        cases = [SamplerCase(params, [LOGITS], [0, 3, 3], 7919 * index) for index in range(num_rows)]
+        cases = [SamplerCase(params, [LOGITS], PROMPT, 7919 * index) for index in range(num_rows)]
         sampler = self.allocate(num_rows, len(LOGITS))
         tokens = []
         for step in range(num_steps):
             for row, case in enumerate(cases):  # anew, so that penalties stay what they are
-                sampler.add(case.entry(row))
+                sampler.add(case.entry(row, OUTPUTS))
             rows = list(range(num_rows))
-            positions = [3 + step * 5] * num_rows
+            positions = [len(PROMPT) + len(OUTPUTS) + step * 5] * num_rows
             tokens.append(self.sample(sampler, [LOGITS] * num_rows, rows, positions).tokens.tolist())
         return [list(row) for row in zip(*tokens, strict=True)]
 
@@ -250,8 +255,8 @@ class SamplerConformance:
         """Over many seeds and positions."""
         params = SamplingParams(**DISTRIBUTIONS[name])
         counts = Counter(token for row in self._draw_often(params) for token in row)
-        case = SamplerCase(params, [LOGITS], [0, 3, 3])
-        weights = find_weights(shape_logits(case, []), params)
+        case = SamplerCase(params, [LOGITS] * (len(OUTPUTS) + 1), PROMPT)
+        weights = find_weights(shape_logits(case, OUTPUTS), params)
         problem = compare_frequencies(counts, weights)
         assert problem is None, f"{name}: {problem}"
 

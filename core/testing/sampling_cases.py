@@ -152,11 +152,14 @@ def _params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
 
 @st.composite
 def _logits(draw: st.DrawFn, vocab_size: int, num_steps: int) -> list[list[float]]:
-    """Multiples of 1/16 with many ties, and some -inf; from bytes, because those are drawn fast."""
+    """Draw multiples of 1/64 with ties, and some -inf; from bytes, because those are drawn fast.
+
+    They are as close together as penalties are large, so that a penalty that is forgotten shows.
+    """
     size = vocab_size * num_steps
     numbers = iter(draw(st.binary(min_size=size, max_size=size)))
     return [
-        [(byte - 128) / 16 if byte else -math.inf for byte in itertools.islice(numbers, vocab_size)]
+        [(byte - 128) / 64 if byte else -math.inf for byte in itertools.islice(numbers, vocab_size)]
         for _ in range(num_steps)
     ]
 

@@ -23,8 +23,8 @@ from core.step import StepPlan, StepResult
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from core.assemble import Plan
     from core.interfaces import Executor
+    from core.plan import Plan
 
 TIMEOUT = 30.0
 """Seconds after which a rank that waits for others gives up."""

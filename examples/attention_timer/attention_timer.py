@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from timed_attention import Meter
 
-    from core.assemble import Plan
     from core.interfaces import AttentionBackend
+    from core.plan import Plan
 
 core_api = "1.0"
 

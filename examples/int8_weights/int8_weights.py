@@ -15,8 +15,8 @@ from core.registry import QuantizerEntry, Requirements
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import QuantScheme
+    from core.plan import Plan
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
 
 core_api = "1.0"

@@ -18,7 +18,7 @@ from core.events import EVENT_TYPES, EventBatch, Subscription
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
+    from core.plan import Plan
 
 core_api = "1.0"
 

@@ -23,8 +23,8 @@ from core.scheduler import TokenBudgetScheduler
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import KVCache
+    from core.plan import Plan
     from core.request import Request
 
 core_api = "1.0"

@@ -12,8 +12,8 @@ from core.registry import FrontendEntry
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from core.assemble import Plan
     from core.interfaces import Frontend
+    from core.plan import Plan
     from core.service import Service
 
 core_api = "1.0"

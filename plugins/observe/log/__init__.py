@@ -29,9 +29,9 @@ from core.request import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from core.assemble import Plan
     from core.config import EngineConfig
     from core.events import Event, EventBatch
+    from core.plan import Plan
 
 core_api = "1.0"
 

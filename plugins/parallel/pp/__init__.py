@@ -13,9 +13,9 @@ from core.sharding import Span, divide
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import PipelineParallel
     from core.model.spec import ModelSpec
+    from core.plan import Plan
 
 core_api = "1.0"
 

@@ -12,7 +12,7 @@ from core.registry import LauncherEntry
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
+    from core.plan import Plan
     from core.ranks.executor import Launcher
     from core.registry import Requirements
 

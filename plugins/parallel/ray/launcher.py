@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
-    from core.assemble import Plan
+    from core.plan import Plan
     from plugins.parallel.ray import Settings
 
 NODE: Final = 0  # Ray numbers machines in its own way; a rank's number is all that matters here

@@ -18,9 +18,9 @@ from core.sharding import Share, Span, divide
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import TensorParallel
     from core.model.spec import ModelSpec
+    from core.plan import Plan
 
 core_api = "1.0"
 VOCAB_STEP = 64  # keeps the rows of each rank's logits aligned

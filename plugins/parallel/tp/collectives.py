@@ -10,7 +10,7 @@ from torch import distributed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from core.assemble import Plan
+    from core.plan import Plan
 
 
 class DistributedTensorParallel:

@@ -11,8 +11,8 @@ from plugins.quant.awq.config import find_cut_step, find_problems, find_weight_b
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import QuantScheme
+    from core.plan import Plan
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
 
 core_api = "1.0"

@@ -17,8 +17,8 @@ from plugins.quant.fp8.native import NATIVE
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import QuantScheme
+    from core.plan import Plan
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
 
 core_api = "1.0"

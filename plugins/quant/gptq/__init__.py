@@ -16,8 +16,8 @@ from plugins.quant.gptq.rules import METHOD, read_gptq
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from core.assemble import Plan
     from core.interfaces import QuantScheme
+    from core.plan import Plan
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
     from plugins.quant.gptq.formats import LayerFormat
 

@@ -10,8 +10,8 @@ from core.registry import AttentionEntry, Requirements
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core.assemble import Plan
     from core.interfaces import AttentionBackend
+    from core.plan import Plan
 
 core_api = "1.0"
 
