@@ -54,6 +54,9 @@ def quantize(
     strategy: Annotated[
         str, _flag(_METHOD, "fp8: what shares a scale: tensor, channel or block.", metavar="NAME")
     ] = _DEFAULTS.strategy,
+    kv_cache_dtype: Annotated[
+        str, _flag(_METHOD, "fp8 writes scales for a KV cache in FP8 too.", metavar="NAME")
+    ] = _DEFAULTS.kv_cache_dtype,
     ignore: Annotated[
         tuple[str, ...],
         _flag(
@@ -120,6 +123,7 @@ def quantize(
         damp_percent=damp_percent,
         activation_scheme=activation_scheme,
         strategy=strategy,
+        kv_cache_dtype=kv_cache_dtype,
         ignore=ignore,
     )
     job = QuantizeJob(

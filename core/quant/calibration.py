@@ -32,6 +32,8 @@ class QuantizeOptions:
     """FP8: `dynamic` or `static`."""
     strategy: str = "channel"
     """FP8: `tensor`, `channel` or `block` (128 x 128)."""
+    kv_cache_dtype: str = "auto"
+    """`fp8` writes scales of keys and values too, whatever the method."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Layers to leave as they are; see `core.quant.names.matches`."""
 

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from core.batch import StepBatch
     from core.interfaces import AttentionSpec, KVCacheSpec
 
@@ -17,6 +19,9 @@ class DenseAttention:
 
     What `prepare` returns elsewhere is here the length of each sequence, in tokens.
     """
+
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+    """Called with the keys and values of each forward, as a cache would get them: [N · L, G, D]."""
 
     def allocate_cache(self, _spec: KVCacheSpec, /) -> None:
         """Do nothing: nobody reads keys later."""
@@ -46,6 +51,8 @@ class DenseAttention:
         :param meta: L.
         :return: [N · L, H, D].
         """
+        if self.observe is not None:
+            self.observe(k, v)
         q, k, v = (x.unflatten(0, (-1, meta)).transpose(1, 2) for x in (q, k, v))
         attended = self._attend(q, k, v, spec)
         return attended.transpose(1, 2).flatten(0, 1)

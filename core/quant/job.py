@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.assemble import ActivePlugins, resolve, start_plugins
 from core.config import flag_origin, load_config
 from core.demo import find_model
 from core.errors import ConfigError
+from core.model.kv_scales import COMPRESSED_TENSORS_SCHEME
 from core.model.weights import find_checkpoint
 from core.quant.checkpoint import (
     check_free,
@@ -22,7 +23,7 @@ from core.quant.checkpoint import (
 from core.quant.quality import QualityProbe
 from core.quant.report import REPORT_FILE
 from core.quant.samples import SampleReader, Samples
-from core.quant.writer import CheckpointQuantizer, Setup, complete_ignore, find_ignored, verify
+from core.quant.writer import FP8, CheckpointQuantizer, Setup, complete_ignore, find_ignored, verify
 from core.registry import QuantizerEntry
 from core.tokenizer import load_tokenizer
 
@@ -72,7 +73,7 @@ class QuantizeJob:
         calibration, probe = self._read_texts(source)
         with new_folder(self.out) as target:
             # Engines read the config first: what they object to is known before hours have passed.
-            write_config(target, hf_config, quantizer.config())
+            write_config(target, hf_config, self._make_config(quantizer))
             setup = Setup(
                 source=source,
                 written=self._plan_written(target, active),
@@ -86,13 +87,25 @@ class QuantizeJob:
             report = CheckpointQuantizer(setup, probe).run(
                 lambda layer: report_layer(layer, source.model.num_layers)
             )
-            write_config(target, hf_config, quantizer.config())  # now it knows all layers
+            write_config(target, hf_config, self._make_config(quantizer))  # now it knows all layers
             copy_side_files(folder, target)
             write_json(target / REPORT_FILE, report.to_dict())
             verify(self._plan_written(target, active), target)
         return report
 
+    def _make_config(self, quantizer: LayerQuantizer) -> dict[str, Any]:
+        """Return `quantization_config`, with what its format says of the KV cache."""
+        config = quantizer.config()
+        has_scales = self.options.kv_cache_dtype == FP8
+        if has_scales and config.get("quant_method") == "compressed-tensors":
+            config["kv_cache_scheme"] = dict(COMPRESSED_TENSORS_SCHEME)
+        return config
+
     def _check_numbers(self) -> None:
+        if self.options.kv_cache_dtype not in ("auto", FP8):
+            raise ConfigError(
+                f"--kv-cache-dtype {self.options.kv_cache_dtype}: scales are written for {FP8} only"
+            )
         lowest = {"num_samples": 1, "sample_len": 2, "num_eval_samples": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:

@@ -11,6 +11,7 @@ import torch
 
 from core.errors import CheckpointError
 from core.model.decoder import Decoder, make_decoder
+from core.model.kv_scales import calibrate as calibrate_kv
 from core.model.layers import DecoderLayer, RMSNorm
 from core.model.linear import PlainScheme
 from core.model.weights import load_weights
@@ -34,7 +35,9 @@ TOKENS_AT_ONCE: Final = 4096
 # --- making and running ----------------------------------------------------------------------------
 
 
-def make_layer(plan: Plan, scheme: QuantScheme, index: int) -> Decoder:
+def make_layer(
+    plan: Plan, scheme: QuantScheme, index: int, attention: DenseAttention | None = None
+) -> Decoder:
     """Make an empty decoder that consists of one layer of the model.
 
     As in a pipeline of as many stages, the first has the embedding, the last norm and head.
@@ -42,7 +45,7 @@ def make_layer(plan: Plan, scheme: QuantScheme, index: int) -> Decoder:
     return make_decoder(
         plan.model,
         scheme=scheme,
-        attention=DenseAttention(),
+        attention=attention or DenseAttention(),
         dtype=getattr(torch, plan.dtype),
         device=torch.device(plan.device),
         max_len=plan.max_model_len,
@@ -50,12 +53,14 @@ def make_layer(plan: Plan, scheme: QuantScheme, index: int) -> Decoder:
     )
 
 
-def load_layer(plan: Plan, folder: Path, index: int) -> Decoder:
+def load_layer(
+    plan: Plan, folder: Path, index: int, attention: DenseAttention | None = None
+) -> Decoder:
     """Read one layer of an unquantized checkpoint.
 
     :raises CheckpointError: the checkpoint does not hold what its config promises.
     """
-    decoder = make_layer(plan, PlainScheme(), index)
+    decoder = make_layer(plan, PlainScheme(), index, attention)
     load_weights(decoder, folder, device=torch.device(plan.device))
     return decoder
 
@@ -170,6 +175,21 @@ def take_changes(decoder: Decoder, calibrated: CalibratedLayer) -> None:
             module.get_parameter("weight")[rows].copy_(weight)
             if bias is not None:
                 module.get_parameter("bias")[rows].copy_(bias)
+
+
+class KVRange:
+    """Scales for the keys and values of one layer, over all that was seen of them."""
+
+    def __init__(self) -> None:
+        self.scales: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Of keys and of values, each [G] float32; `None` before anything was seen."""
+
+    def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in some more: [T, G, D] each."""
+        found = calibrate_kv(keys, values)
+        if self.scales is not None:
+            found = torch.maximum(self.scales[0], found[0]), torch.maximum(self.scales[1], found[1])
+        self.scales = found
 
 
 class RelativeErrors:

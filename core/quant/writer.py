@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from core.errors import CheckpointError, ConfigError
+from core.model.kv_scales import is_about_cache, scale_tensors
 from core.model.layers import Build, make_layer_linears
 from core.model.linear import PlainScheme
 from core.model.weights import CheckpointReader, list_files, load_weights
@@ -23,6 +24,7 @@ from core.quant.checkpoint import ShardWriter
 from core.quant.dense import DenseAttention
 from core.quant.layers import (
     STREAM,
+    KVRange,
     advance,
     calibrate,
     fill_layer,
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from core.quant.report import Quality
     from core.quant.samples import Samples
 
+
+FP8: Final = "fp8"
+"""The one dtype of a KV cache that scales are written for."""
 
 # --- what stays as it is ---------------------------------------------------------------------------
 
@@ -182,14 +187,20 @@ class CheckpointQuantizer:
     def _quantize_layer(self, index: int) -> LayerReport:
         begin = time.monotonic()
         setup = self._setup
-        exact = load_layer(setup.source, setup.folder, index)
+        attention = DenseAttention()
+        exact = load_layer(setup.source, setup.folder, index, attention)
         if self._probe is not None:
             self._probe.advance_before(exact)
+        kv_range = KVRange()
+        attention.observe = kv_range.see if setup.options.kv_cache_dtype == FP8 else None
         calibrated = calibrate(setup.source, exact, self._stream, setup.ignored[index])
+        attention.observe = None
         replaced = self._replace(calibrated)
         take_changes(exact, calibrated)
         kept = self._keep(exact, calibrated)
         self._write(kept, replaced)
+        if kv_range.scales is not None:
+            self._write_kv_scales(index, *kv_range.scales)
         del calibrated
         readable = make_layer(setup.source, self._make_scheme(), index)
         fill_layer(readable, kept, replaced, exact)
@@ -264,6 +275,16 @@ class CheckpointQuantizer:
                 self._shards.add(stored_prefix + suffix, tensor)
             for suffix in ("weight", "bias"):
                 self._left.pop(f"{prefix}.{suffix}", None)
+
+    def _write_kv_scales(self, index: int, k_scales: torch.Tensor, v_scales: torch.Tensor) -> None:
+        """Write the scales of a layer's KV cache in the place of those that the checkpoint has."""
+        attention = f"model.layers.{index}.self_attn."
+        stored = self._reader.tensors[f"{attention}o_proj.weight"].name.removesuffix("o_proj.weight")
+        for name in [n for n in self._left if n.startswith(attention) and is_about_cache(n)]:
+            del self._left[name]
+        for prefix, tensors in scale_tensors(index, k_scales, v_scales).items():
+            for suffix, tensor in tensors.items():
+                self._shards.add(f"{stored}{prefix.removeprefix(attention)}.{suffix}", tensor)
 
 
 @torch.no_grad()

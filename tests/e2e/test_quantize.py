@@ -144,3 +144,29 @@ def test_errors_are_told_and_leave_nothing(text, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not out.exists()
         assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize(("family", "flags"), [("qwen3", ["--method=fp8"]), ("phi3", METHODS["awq"])])
+def test_scales_of_the_kv_cache_are_written_and_used(family, flags, text, tmp_path, capsys):
+    source, out = make_source(family, tmp_path / "source"), tmp_path / "out"
+    assert run(source, out, text, *flags, "--kv-cache-dtype=fp8") == 0
+    stored = load_file(out / "model.safetensors")
+    scales = [stored[f"model.layers.1.self_attn.{x}_proj.{x}_scale"] for x in "kv"]
+    assert all(scale.shape == () and 0 < scale < 1 for scale in scales)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    is_compressed = config["quant_method"] == "compressed-tensors"
+    assert ("kv_cache_scheme" in config) == is_compressed
+    capsys.readouterr()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
+    tokens = {}
+    for dtype in ("auto", "fp8"):
+        with LLM(str(out), device="cpu", num_kv_blocks=16, kv_cache_dtype=dtype) as llm:
+            tokens[dtype] = llm.generate([[5, 6, 7, 8]], params)[0].outputs[0].token_ids
+    assert "lacks scales" not in "".join(capsys.readouterr())
+    assert tokens["fp8"][0] == tokens["auto"][0]
+
+
+def test_other_types_of_kv_cache_have_no_scales(text, tmp_path, capsys):
+    source = make_source("llama3", tmp_path / "source")
+    assert run(source, tmp_path / "out", text, "--method=fp8", "--kv-cache-dtype=int8") == 2
+    assert "--kv-cache-dtype int8: scales are written for fp8 only" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_ways_are_compared_with_the_model_as_it_is(texts, tmp_path, capsys):
     assert at_load.split("|")[3:] == written.split("|")[3:]
     assert len({row.split("|")[3] for row in (plain, at_load, kept)}) == 3
     assert last == f"{4 * 31} tokens predicted"
-    assert (tmp_path / "out" / "fp8-a-scale-per-row-dynamic" / "config.json").is_file()
+    assert (tmp_path / "out" / "fp8-scale-per-row-dynamic" / "config.json").is_file()
 
 
 def test_all_ways_have_options_that_there_are():

@@ -15,6 +15,7 @@ from torch.nn import functional
 from core import LLM
 from core.errors import CheckpointError, ConfigError, PluginNotFoundError
 from core.quant import layers
+from core.quant.job import make_source_config
 from core.quant.perplexity import measure
 from core.quant.samples import SampleReader
 from core.testing.checkpoints import reference_logits
@@ -173,6 +174,21 @@ def test_nothing_depends_on_how_samples_are_batched(checkpoint, quantize, text, 
     assert _flatten(apart) == pytest.approx(_flatten(together), rel=1e-3)
     first, second = read_all(tmp_path / "together"), read_all(tmp_path / "apart")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_calibration_may_compute_in_another_dtype(checkpoint, quantize, text, tmp_path):
+    source = checkpoint("llama3")
+    wide = quantize(source, tmp_path / "wide", text)
+    config = make_source_config(
+        str(source), plugins=["py:rtn_quantizer"], device="cpu", dtype="bfloat16"
+    )
+    narrow = quantize(source, tmp_path / "narrow", text, config=config)
+    for one, other in zip(wide.layers, narrow.layers, strict=True):
+        assert other.linears == pytest.approx(one.linears, rel=0.5)
+    first, second = read_all(tmp_path / "wide"), read_all(tmp_path / "narrow")
+    assert {name: tensor.dtype for name, tensor in second.items()} == {
+        name: tensor.dtype for name, tensor in first.items()
+    }
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, float]:
