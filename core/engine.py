@@ -30,7 +30,7 @@ from core.messages import Command, Ended, Finish, OutputBatch, Submit
 from core.request import FinishReason, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from core.events import EventBus
     from core.interfaces import Executor, KVCache, Scheduler, StepOutputs
@@ -78,6 +78,8 @@ class EngineCore:
         self._was_idle = True
         self._num_completed = 0
         self._num_losses = 0  # of devices since a step came back
+        self._request_ids: dict[int, str] = {}  # who was the last to enter each row
+        self._suspects: set[Request] = set()  # were in flight when devices were lost
         scheduler.record_events = bus.wants(*SCHEDULER_EVENTS)
         kv_cache.record_events = bus.wants(BlocksEvicted)
         if bus.is_active:
@@ -127,6 +129,8 @@ class EngineCore:
             if plan is None:
                 break
             self._submitted.append((plan, time.monotonic()))
+            for entry in plan.added:
+                self._request_ids[entry.row] = entry.request_id
             self.executor.submit(plan)
         if self._submitted:
             self._collect()
@@ -216,7 +220,8 @@ class EngineCore:
     def _recover(self, plan: StepPlan, error: DeviceLostError) -> None:
         """Get lost devices back and compute again what they held: no client notices but by the time.
 
-        The requests of a step that has cost the devices twice are ended: one of them may be the cause.
+        The requests of a step that has cost the devices twice are ended, and so is a request in whose
+        steps they were lost twice: one of them may be the cause.
 
         :raises DeviceLostError: it happens again and again.
         """
@@ -225,13 +230,24 @@ class EngineCore:
         self._num_losses += 1
         if self._num_losses > MAX_LOSSES or not isinstance(self.executor, SupportsRecovery):
             raise error
-        self._submitted.clear()
+        message = str(error).partition("\n")[0]  # clients need no stacks
         if self._num_losses > 1:
-            self._emit(plan, self.scheduler.fail(str(error)))
+            self._emit(plan, self.scheduler.fail(message))
+        self._end_suspects([plan, *(later for later, _ in self._submitted)], message)
+        self._submitted.clear()
         self.scheduler.restart()
         self.kv_cache.reset()
         self._publish([])
         self.executor.recover()
+
+    def _end_suspects(self, plans: Sequence[StepPlan], message: str) -> None:
+        """End the requests of lost steps whose steps were lost before, and remember the others."""
+        in_flight = {self._request_ids.get(row) for plan in plans for row in plan.rows}
+        still_open = set(self.scheduler.open_requests())
+        seen = {request for request in still_open if request.request_id in in_flight}
+        for request in seen & self._suspects:
+            self._finish(request.request_id, FinishReason.ERROR, message)
+        self._suspects = (self._suspects | seen) & still_open
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """End the requests of all steps in flight; the rest goes on.

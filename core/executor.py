@@ -89,6 +89,7 @@ class TorchExecutor:
         self._sampler = parts.sampler
         self._entries: dict[int, RowEntry] = {}  # who sits in each row
         self._launched: deque[_Launched] = deque()
+        self._has_failed = False  # on one of several ranks: others wait where this one did not get to
         offloaded = plan.offloaded_layers(parts.rank)
         self._decoder = make_decoder(
             plan.model,
@@ -238,11 +239,15 @@ class TorchExecutor:
         """Launch one step; what it raises is raised by `collect`."""
         launched = _Launched(plan)
         self._launched.append(launched)
+        if self._has_failed:  # its collectives would meet those of the step that has failed
+            launched.error = RuntimeError("not run: this rank has failed in an earlier step")
+            return
         try:
             with torch.inference_mode():
                 self._launch(launched)
         except Exception as error:  # noqa: BLE001  kept for collect, so that steps stay in order
             launched.error = error
+            self._has_failed = self._tensor is not None or self._pipeline is not None
 
     def collect(self) -> StepResult:
         """Wait for the oldest step in flight."""

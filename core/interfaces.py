@@ -474,7 +474,8 @@ class QuantScheme(Protocol):
         """Copy one shard's tensors, already on the device, into the module.
 
         :param spec: of this rank's part; the tensors are cut to it as their axes say.
-        :param tensors: without the optional ones that the checkpoint does not hold.
+        :param tensors: without the optional ones that the checkpoint does not hold, and without `bias`
+            where another rank adds it.
         :raises CheckpointError: a value is impossible.
         """
 

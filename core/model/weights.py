@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -38,6 +38,8 @@ SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 _HEAD: Final = f"{HEAD}.weight"
 _EMBEDDING: Final = f"{EMBEDDING}.weight"
+BIAS: Final = "bias"
+"""Suffix of what a linear layer adds, in all formats."""
 _HARMLESS_SUFFIX: Final = ".rotary_emb.inv_freq"  # older exports stored what the config implies
 _MAX_LISTED: Final = 10
 _ROWS_AT_ONCE: Final = 4096
@@ -311,9 +313,10 @@ def _loads(section: Section) -> Iterator[_Load]:
         tensors = {suffix: TensorSpec(weight.whole_shape)}
         yield _Load(prefix, tensors, parts, partial(_copy, weight.parameter, suffix))
     for (local, whole), module, scheme in section.linears:
-        stored = replace(whole, bias=local.bias)  # some ranks leave it to another one
         for shard, (prefix, _) in enumerate(whole.shards):
-            tensors = dict(scheme.tensors(stored, shard))
+            tensors = dict(scheme.tensors(whole, shard))
+            if whole.bias and not local.bias:  # another rank adds it
+                tensors.pop(BIAS, None)
             parts = {} if local.cut is None else _parts(tensors, local, shard)
             yield _Load(prefix, tensors, parts, partial(scheme.load, module, local, shard))
 

@@ -20,13 +20,13 @@ import structlog
 
 from core.errors import ConfigError, CytheraError, EngineStartError
 from core.link import READ_BYTES, Framer, encode
-from core.ranks.launch import LOOPBACK, ProcessLauncher, describe_exit, start_worker
+from core.ranks.launch import LOOPBACK, ProcessLauncher, describe_exit, end, start_worker
 from core.ranks.rendezvous import Hello, Rendezvous, join
 from core.ranks.watch import STACK_WAIT
 from core.sharding import divide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from core.config import EngineConfig
     from core.plan import Plan
@@ -51,6 +51,7 @@ class AskStack(msgspec.Struct, tag=True, frozen=True):
     """Get the stacks of a rank that does not answer."""
 
     local_rank: int
+    attempt: int
 
 
 class Ended(msgspec.Struct, tag=True, frozen=True):
@@ -64,6 +65,8 @@ class Ended(msgspec.Struct, tag=True, frozen=True):
 class Stack(msgspec.Struct, tag=True, frozen=True):
     """What `AskStack` asked for."""
 
+    local_rank: int
+    attempt: int
     text: str
 
 
@@ -88,7 +91,7 @@ class Agent:
     ended: dict[tuple[int, int], str] = field(default_factory=dict)
     """How ranks ended, by (attempt, local rank)."""
     news: threading.Condition = field(default_factory=threading.Condition)
-    stacks: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    stacks: queue.SimpleQueue[Stack] = field(default_factory=queue.SimpleQueue)
     is_gone: bool = False
 
     def read(self) -> None:
@@ -104,7 +107,7 @@ class Agent:
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Stack):
-            self.stacks.put(message.text)
+            self.stacks.put(message)
         elif isinstance(message, Ended):
             with self.news:
                 self.ended[message.attempt, message.local_rank] = message.how
@@ -114,6 +117,12 @@ class Agent:
         """Send; whoever waits for the answer notices that nobody is there."""
         with contextlib.suppress(OSError):
             self.sock.sendall(encode(message))
+
+    def end(self) -> None:
+        """Close the connection, which ends the thread that reads it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
 
 
 class RemoteRank:
@@ -140,11 +149,15 @@ class RemoteRank:
 
     def dump_stack(self) -> str:
         """Ask the agent for the stacks of a rank that does not answer."""
-        self._agent.send(AskStack(self.local_rank))
-        try:
-            return self._agent.stacks.get(timeout=4 * STACK_WAIT)
-        except queue.Empty:
-            return ""
+        attempt, _ = self._key
+        self._agent.send(AskStack(self.local_rank, attempt))
+        deadline = time.monotonic() + 4 * STACK_WAIT
+        with contextlib.suppress(queue.Empty):
+            while (left := deadline - time.monotonic()) > 0:
+                stack = self._agent.stacks.get(timeout=left)
+                if (stack.attempt, stack.local_rank) == self._key:  # not a late answer about another
+                    return stack.text
+        return ""
 
     def kill(self) -> None:
         """Close the connection, upon which the rank ends; a stopped one is ended by its agent."""
@@ -184,10 +197,9 @@ class ClusterLauncher:
         wanted = [(self._attempt, n, local) for n in others for local in range(self._counts[n])]
         ranks: list[RankHandle] = [*ProcessLauncher(self._counts[0]).start()]
         try:
-            self._wait_for("ranks", lambda: [key for key in wanted if key not in self._ranks])
-        except EngineStartError:
-            for rank in ranks:
-                rank.kill()
+            self._wait_for("ranks", lambda: [key for key in wanted if key not in self._ranks], others)
+        except BaseException:
+            end(ranks)
             raise
         for attempt, node, local in wanted:
             sock = self._ranks.pop((attempt, node, local))
@@ -198,9 +210,10 @@ class ClusterLauncher:
     def close(self) -> None:
         """Let the agents end, and nobody join any more."""
         self._rendezvous.close()
+        self._drop_late_ranks()
         for agent in self._agents.values():
             agent.send(Goodbye())
-            agent.sock.close()
+            agent.end()
 
     def _drop_late_ranks(self) -> None:
         """Close the connections of ranks that joined after their attempt was given up."""
@@ -212,16 +225,28 @@ class ClusterLauncher:
     def _has_agent(self, node: int) -> bool:
         return node in self._agents and not self._agents[node].is_gone
 
-    def _wait_for(self, what: str, list_missing: Any) -> None:
+    def _wait_for(
+        self, what: str, list_missing: Callable[[], list[Any]], nodes: Sequence[int] = ()
+    ) -> None:
+        """Wait until nobody is missing.
+
+        :param nodes: must stay meanwhile.
+        :raises EngineStartError: one has not, or the time is over.
+        """
+        deadline = time.monotonic() + self._timeout
         with self._joined:
             if missing := list_missing():
                 log.info("waiting for others to join", missing=missing, what=what)
-            if not self._joined.wait_for(lambda: not list_missing(), self._timeout):
-                raise EngineStartError(
-                    f"{what} {list_missing()} have not joined within {self._timeout:.0f} s "
-                    f"(--join-timeout); start the same command there with --node-rank N and this "
-                    f"machine's --master-addr"
-                )
+            while missing := list_missing():
+                if left := [node for node in nodes if not self._has_agent(node)]:
+                    raise EngineStartError(f"machines {left} left while their ranks were started")
+                if time.monotonic() > deadline:
+                    raise EngineStartError(
+                        f"{what} {missing} have not joined within {self._timeout:.0f} s "
+                        f"(--join-timeout); start the same command there with --node-rank N and this "
+                        f"machine's --master-addr"
+                    )
+                self._joined.wait(RETRY_SECONDS)
 
     def _admit(self, sock: socket.socket, hello: Hello, address: str) -> None:
         if not 0 < hello.node < len(self._counts):
@@ -230,11 +255,23 @@ class ClusterLauncher:
             return
         with self._joined:
             if hello.local_rank == AGENT:
+                self._replace_agent(hello.node, address)
                 agent = self._agents[hello.node] = Agent(hello.node, sock, address)
                 threading.Thread(target=agent.read, name=f"node-{hello.node}", daemon=True).start()
-            else:
+            elif hello.attempt == self._attempt:
                 self._ranks[hello.attempt, hello.node, hello.local_rank] = sock
+            else:
+                sock.close()
             self._joined.notify_all()
+
+    def _replace_agent(self, node: int, address: str) -> None:
+        """Let go of who had joined as this node before: its machine may have started anew, unnoticed."""
+        former = self._agents.get(node)
+        if former is None:
+            return
+        if not former.is_gone:
+            log.warning("node joins again", node=node, address=address, before=former.address)
+        former.end()
 
 
 def make_cluster_launcher(plan: Plan) -> ClusterLauncher:
@@ -339,7 +376,8 @@ class _Agent:
             for local_rank in range(message.num_ranks):
                 self._spawn(local_rank, message.attempt)
         elif isinstance(message, AskStack) and message.local_rank < len(self._workers):
-            self._tell(Stack(self._workers[message.local_rank].dump_stack()))
+            text = self._workers[message.local_rank].dump_stack()
+            self._tell(Stack(message.local_rank, message.attempt, text))
 
     def end_ranks(self) -> None:
         """Kill every rank of this machine."""
@@ -348,7 +386,10 @@ class _Agent:
         self._workers.clear()
 
     def _spawn(self, local_rank: int, attempt: int) -> None:
-        sock = _join(self._config, local_rank, attempt)
+        try:
+            sock = _join(self._config, local_rank, attempt)
+        except OSError as error:
+            raise CytheraError(f"a rank cannot join the engine: {error}") from error
         worker = start_worker(sock)
         self._workers.append(worker)
         threading.Thread(target=self._wait, args=(worker, local_rank, attempt), daemon=True).start()

@@ -6,15 +6,16 @@ always say what is wrong with those who do.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from core.errors import CapacityError, DeviceLostError
-from core.ranks.messages import Allocate, Begin, Close, Done, Load, Measure, Run
+from core.errors import CapacityError, ConfigError, DeviceLostError
+from core.ranks.messages import Allocate, Begin, Done, Load, Measure, Run
 from core.ranks.watch import STARTING, RankGroup
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from core.step import StepPlan, StepResult
 
 log = structlog.get_logger(__name__)
+
+EXIT_PATIENCE: Final = 3.0
+"""Seconds that idle ranks get to end by themselves."""
 
 
 class Launcher(Protocol):
@@ -111,9 +115,7 @@ class RankExecutor:
 
     def close(self) -> None:
         """End all ranks."""
-        if self._group is not None:
-            self._group.send(Close())
-        self._stop()
+        self._stop(EXIT_PATIENCE)
         self._launcher.close()
 
     @property
@@ -125,7 +127,7 @@ class RankExecutor:
     def _start(self) -> None:
         plan, host = self._recipe.plan, self._launcher.store_host
         config = plan.config
-        self._store = store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = store = _open_store(host)
         handles = self._launcher.start()
         self._group = group = RankGroup(
             handles, answer_timeout=config.rank_timeout, step_timeout=config.step_timeout
@@ -149,12 +151,12 @@ class RankExecutor:
         devices = [getattr(answer, "device", "") for answer in joined]
         log.info("ranks joined", devices=devices)
 
-    def _stop(self) -> None:
+    def _stop(self, patience: float = 0.0) -> None:
         self._in_flight.clear()
         self._drawn = ([], [], [])
-        if self._group is not None:
-            self._group.close()
-        self._group = self._store = None
+        group, self._group, self._store = self._group, None, None
+        if group is not None:
+            group.close(patience)
 
     # --- steps ---
 
@@ -172,9 +174,7 @@ class RankExecutor:
         :raises DeviceLostError: a rank is lost; names it, with its last step and where it was.
         """
         group = self._running
-        result = group.results.get()
-        if isinstance(result, Exception):
-            raise result
+        result = group.take_result()
         plan = self._in_flight.popleft()
         if self._has_stages:
             self._note_drawn(plan, result)
@@ -185,11 +185,29 @@ class RankExecutor:
         return result
 
     def _note_drawn(self, plan: StepPlan, result: StepResult) -> None:
+        """Keep what stages must be told that did not draw it, with the next step."""
         rows, positions, tokens = self._drawn
+        # A step behind this one may have given a row to another request, whose tokens are there by now.
+        given_away = {entry.row for later in self._in_flight for entry in later.added}
         for row, start, count, samples, token in zip(
             plan.rows, plan.starts, plan.counts, plan.samples, result.tokens, strict=True
         ):
-            if samples:
+            if samples and row not in given_away:
                 rows.append(row)
                 positions.append(start + count)
                 tokens.append(token)
+
+
+def _open_store(host: str) -> TCPStore:
+    """Open torch.distributed's store at one address; by itself it would listen at all of them.
+
+    :raises ConfigError: the address is not one of this machine.
+    """
+    try:
+        listener = socket.create_server((host, 0))
+    except OSError as error:
+        raise ConfigError(f"cannot listen for ranks at {host}: {error.strerror}") from error
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )

@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+import structlog
+
+from core.errors import EngineStartError
 from core.log import QUIET_TORCH
 from core.ranks.watch import STACK_WAIT
 from core.ranks.worker import STACK_SIGNAL
@@ -19,7 +22,13 @@ from core.ranks.worker import STACK_SIGNAL
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from core.ranks.watch import RankHandle
+
+log = structlog.get_logger(__name__)
+
 LOOPBACK: Final = "127.0.0.1"
+KILL_SECONDS: Final = 10.0
+"""A killed process is gone by then, unless a driver holds it."""
 
 
 class Worker:
@@ -46,7 +55,10 @@ class Worker:
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.exception("a killed rank does not end; its device may hang", pid=self.process.pid)
         self._stacks.close()
 
 
@@ -54,13 +66,18 @@ def start_worker(sock: socket.socket) -> Worker:
     """Start the process of one rank and give it its end of the connection, which is closed here."""
     stacks = tempfile.TemporaryFile(prefix="cythera-stacks-")  # noqa: SIM115  lives with the process
     fds = (sock.fileno(), stacks.fileno())
-    process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-        [sys.executable, "-m", "core.ranks.worker", *map(str, fds)],
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        env={**QUIET_TORCH, **os.environ},
-    )
-    sock.close()
+    try:
+        process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            [sys.executable, "-m", "core.ranks.worker", *map(str, fds)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            env={**QUIET_TORCH, **os.environ},
+        )
+    except OSError as error:
+        stacks.close()
+        raise EngineStartError(f"the process of a rank cannot be started: {error}") from error
+    finally:
+        sock.close()
     return Worker(process, stacks)
 
 
@@ -71,7 +88,11 @@ class LocalRank:
         self.sock, theirs = socket.socketpair()
         self.local_rank = local_rank
         self.local_world_size = local_world_size
-        self._worker = start_worker(theirs)
+        try:
+            self._worker = start_worker(theirs)
+        except BaseException:
+            self.sock.close()
+            raise
         self.name = f"pid {self._worker.process.pid}"
 
     def ended(self, timeout: float) -> str | None:
@@ -100,10 +121,24 @@ class ProcessLauncher:
 
     def start(self) -> Sequence[LocalRank]:
         """Start all ranks."""
-        return [LocalRank(rank, self._world_size) for rank in range(self._world_size)]
+        ranks: list[LocalRank] = []
+        try:
+            for rank in range(self._world_size):
+                ranks.append(LocalRank(rank, self._world_size))  # noqa: PERF401  kept if the next fails
+        except BaseException:
+            end(ranks)
+            raise
+        return ranks
 
     def close(self) -> None:
         """Do nothing: nobody joins from elsewhere."""
+
+
+def end(ranks: Sequence[RankHandle]) -> None:
+    """End ranks of a start that has failed."""
+    for rank in ranks:
+        rank.kill()
+        rank.sock.close()
 
 
 def describe_exit(code: int) -> str:

@@ -89,11 +89,12 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """The rank cannot start; its last message."""
+    """The rank cannot start, or go on; its last message."""
 
     error: str
     exit_code: int
     trace: str
+    """Of an error that nobody has foreseen; else empty."""
 
 
 class StepDone(msgspec.Struct, tag=True, frozen=True):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import structlog
 
 from core.errors import ConfigError, CytheraError
-from core.link import Framer, encode
+from core.link import HEADER, Framer, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +23,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 HANDSHAKE_SECONDS: Final = 10.0
+"""For each message of it."""
+MAX_MESSAGE_BYTES: Final = 1024
+"""Of the handshake: nobody has proved anything yet."""
+MAX_HANDSHAKES: Final = 64
+"""At a time; others wait in the backlog."""
 NONCE_BYTES: Final = 32
 BACKLOG: Final = 256
+_PAUSE: Final = 0.1  # seconds, after a connection that could not be accepted
 
 
 class Challenge(msgspec.Struct, tag=True, frozen=True):
@@ -56,15 +64,40 @@ def prove(key: str, *parts: object) -> bytes:
 
 
 def receive(sock: socket.socket, kind: Any) -> Any:
-    """Wait for one frame of the handshake, byte by byte so that nothing behind it is taken.
+    """Wait for one frame of the handshake; nothing behind it is taken.
 
     :raises CytheraError: the other end is gone, or sends something else.
+    :raises TimeoutError: it takes more than `HANDSHAKE_SECONDS`.
     """
-    framer = Framer(kind)
-    while data := sock.recv(1):
-        for message in framer.feed(data):
-            return message
-    raise CytheraError("the connection was closed during the handshake")
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    header = _receive_bytes(sock, HEADER.size, deadline)
+    (size,) = HEADER.unpack(header)
+    if size > MAX_MESSAGE_BYTES:
+        raise CytheraError(f"a message of {size} bytes in a handshake; at most {MAX_MESSAGE_BYTES}")
+    (message,) = Framer(kind).feed(header + _receive_bytes(sock, size, deadline))
+    return message
+
+
+def _receive_bytes(sock: socket.socket, size: int, deadline: float) -> bytes:
+    data = b""
+    while len(data) < size:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
+        if not (received := sock.recv(size - len(data))):
+            raise CytheraError("the connection was closed during the handshake")
+        data += received
+    return data
+
+
+def tune(sock: socket.socket) -> None:
+    """Send small messages at once, and notice that a machine is gone that nothing is sent to."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 # --- the engine's side -----------------------------------------------------------------------------
@@ -83,6 +116,8 @@ class Rendezvous:
     ) -> None:
         self._key = key
         self._admit = admit
+        self._is_closed = False
+        self._places = threading.BoundedSemaphore(MAX_HANDSHAKES)
         try:
             self._listener = socket.create_server((host, port), backlog=BACKLOG)
         except OSError as error:
@@ -95,33 +130,48 @@ class Rendezvous:
 
     def close(self) -> None:
         """Let nobody join any more."""
+        self._is_closed = True
+        with contextlib.suppress(OSError):  # closing alone does not end a wait for connections
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._is_closed:
+            self._places.acquire()
             try:
                 sock, address = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:
+                self._places.release()
+                if not self._is_closed:  # such as too many open files
+                    log.warning("cannot accept who wants to join", reason=str(error))
+                    time.sleep(_PAUSE)
+                continue
             threading.Thread(target=self._greet, args=(sock, address[0]), daemon=True).start()
 
     def _greet(self, sock: socket.socket, address: str) -> None:
         """Find out who has connected, and that it may."""
-        sock.settimeout(HANDSHAKE_SECONDS)
         try:
             hello = self._shake_hands(sock)
+            sock.settimeout(None)
         except (CytheraError, OSError) as error:
             log.warning("turned away who wanted to join", address=address, reason=str(error))
             sock.close()
             return
-        sock.settimeout(None)
+        finally:
+            self._places.release()
+        if self._is_closed:
+            sock.close()
+            return
+        tune(sock)
         self._admit(sock, hello, address)
 
     def _shake_hands(self, sock: socket.socket) -> Hello:
         nonce = secrets.token_bytes(NONCE_BYTES)
+        sock.settimeout(HANDSHAKE_SECONDS)
         sock.sendall(encode(Challenge(nonce)))
         hello: Hello = receive(sock, Hello)
-        expected = prove(self._key, "join", nonce, hello.nonce, hello.node, hello.local_rank)
+        whom = (hello.node, hello.local_rank, hello.attempt)
+        expected = prove(self._key, "join", nonce, hello.nonce, *whom)
         if not hmac.compare_digest(hello.proof, expected):
             raise CytheraError("it does not know the cluster's key")
         sock.sendall(encode(Welcome(prove(self._key, "welcome", nonce, hello.nonce))))
@@ -146,13 +196,14 @@ def join(
         sock.close()
         raise
     sock.settimeout(None)
+    tune(sock)
     return sock
 
 
 def _introduce(sock: socket.socket, key: str, node: int, local_rank: int, attempt: int) -> None:
     challenge = receive(sock, Challenge)
     nonce = secrets.token_bytes(NONCE_BYTES)
-    proof = prove(key, "join", challenge.nonce, nonce, node, local_rank)
+    proof = prove(key, "join", challenge.nonce, nonce, node, local_rank, attempt)
     sock.sendall(encode(Hello(node, local_rank, attempt, nonce, proof)))
     welcome = receive(sock, Welcome)
     if not hmac.compare_digest(welcome.proof, prove(key, "welcome", challenge.nonce, nonce)):

@@ -6,6 +6,7 @@ messages and answers at once how far the others are, so that a rank that hangs c
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import queue
@@ -172,9 +173,10 @@ class Worker:
 
     def _read(self) -> None:
         framer = Framer(ToRank)
-        while data := self._receive():
-            for message in framer.feed(data):
-                self._take(message)
+        with contextlib.suppress(CytheraError):  # what it sends cannot be read: as good as gone
+            while data := self._receive():
+                for message in framer.feed(data):
+                    self._take(message)
         os._exit(1)  # the engine is gone, and a collective may wait for ever
 
     def _receive(self) -> bytes:
@@ -258,9 +260,9 @@ def join_world(begin: Begin, plan: Plan) -> str:
 
 
 def _refuse(error: Exception) -> Refused:
+    if isinstance(error, CytheraError):  # says all that the user needs
+        return Refused(str(error), error.exit_code, "")
     trace = "".join(traceback.format_exception(error))
-    if isinstance(error, CytheraError):
-        return Refused(str(error), error.exit_code, trace)
     return Refused(f"{type(error).__name__}: {error}", 1, trace)
 
 

@@ -318,23 +318,27 @@ class SamplerConformance:
 
     def test_logprobs_are_those_of_the_raw_logits(self) -> None:
         """Whatever penalties, bans and temperature say; as many as the most demanding row wants."""
+        self.check(self._check_logprobs)
 
-        def law(cases: list[SamplerCase]) -> None:
-            rows = list(range(len(cases)))
-            sampler = self.allocate(len(cases), cases[0].vocab_size)
-            for row, case in enumerate(cases):
-                sampler.add(case.entry(row))
-            logits = [case.logits[0] for case in cases]
-            sampled = self.sample(sampler, logits, rows, [len(case.prompt) for case in cases])
-            wanted = [case.params.logprobs for case in cases if case.params.logprobs is not None]
-            if not wanted:
-                assert sampled.logprobs is None, "log-probabilities that nobody asked for"
-                return
-            assert sampled.logprobs is not None, "log-probabilities are missing"
-            problem = compare_logprobs(sampled, torch.tensor(logits), max(wanted))
-            assert problem is None, problem
+    def test_equal_logits_share_the_better_rank(self) -> None:
+        """And the lower id comes first among the alternatives."""
+        params = SamplingParams(temperature=0.0, logprobs=3)
+        self._check_logprobs([SamplerCase(params, [[0.5, 2.0, 1.0, 2.0]])])
 
-        self.check(law)
+    def _check_logprobs(self, cases: list[SamplerCase]) -> None:
+        rows = list(range(len(cases)))
+        sampler = self.allocate(len(cases), cases[0].vocab_size)
+        for row, case in enumerate(cases):
+            sampler.add(case.entry(row))
+        logits = [case.logits[0] for case in cases]
+        sampled = self.sample(sampler, logits, rows, [len(case.prompt) for case in cases])
+        wanted = [case.params.logprobs for case in cases if case.params.logprobs is not None]
+        if not wanted:
+            assert sampled.logprobs is None, "log-probabilities that nobody asked for"
+            return
+        assert sampled.logprobs is not None, "log-probabilities are missing"
+        problem = compare_logprobs(sampled, torch.tensor(logits), max(wanted))
+        assert problem is None, problem
 
     def test_memory_is_stated(self) -> None:
         """More rows and more tokens take no less."""

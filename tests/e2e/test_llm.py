@@ -221,7 +221,7 @@ def test_errors_at_the_door_of_the_engine(path: Path) -> None:
         ({"max_model_len": 10**6}, PlanError, "--max-model-len 1000000"),
         ({"kv_cache_memory_bytes": 4096}, CapacityError, "--kv-cache-memory-bytes"),
         ({"scheduler": "fair"}, PlanError, "fair"),
-        ({"tensor_parallel_size": 2}, PluginNotFoundError, "parallel.tp"),
+        ({"tensor_parallel_size": 99}, PlanError, "--tensor-parallel-size 99"),
     ]
     for settings, kind, words in cases:
         with pytest.raises(kind, match=words):

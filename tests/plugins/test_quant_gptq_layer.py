@@ -226,16 +226,6 @@ def test_a_bias_of_zeros_is_passed_over():
     torch.testing.assert_close(found, rounded.weight(), rtol=1e-6, atol=0)
 
 
-def test_a_rank_that_adds_no_bias_does_not_judge_it():
-    rounded = round_weight(WEIGHT, 4, 16, symmetric=False)
-    stored = store_gptq(rounded, 4) | {"bias": torch.ones(32)}
-    whole = make_spec(64, 32)
-    local = make_spec(32, 32, cut=Cut(Span(32, 64), ((Span(0, 32),),)))
-    layer = LoneLinear(GptqScheme(lambda _prefix: LAYOUT), whole, local)
-    layer.load({f"a.0.{k}": x for k, x in stored.items()})
-    assert layer.linear.bias is None
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])

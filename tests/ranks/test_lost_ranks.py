@@ -22,7 +22,7 @@ from core.errors import CytheraError, DeviceLostError
 from core.events import EventBus, Subscription, WorkerLost
 from core.kv_cache import PagedKVCache
 from core.messages import Submit
-from core.ranks import launch
+from core.ranks import launch, watch
 from core.ranks.executor import RankExecutor, Recipe
 from core.ranks.launch import ProcessLauncher, Worker
 from core.request import FinishReason, SamplingParams
@@ -49,6 +49,7 @@ def make_executor(tmp_path, monkeypatch):
             return Worker(process, stacks)
 
         monkeypatch.setattr(launch, "start_worker", start)
+        monkeypatch.setattr(watch, "STARTING", 15.0)
         values = {"max_in_flight": None, **QUICK, **settings}
         config = SimpleNamespace(**values, to_dict=dict, origins={})
         plan = SimpleNamespace(

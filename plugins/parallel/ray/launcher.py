@@ -117,7 +117,9 @@ class RayLauncher:
 
         :raises EngineStartError: the cluster has no room, or a rank has not joined in time.
         """
-        self._attempt += 1
+        with self._joined:
+            self._attempt += 1
+            self._drop_late_ranks()
         timeout = self._plan.config.join_timeout
         keepers = self._place(timeout)
         address = (self.store_host, self._rendezvous.port)
@@ -141,6 +143,7 @@ class RayLauncher:
     def close(self) -> None:
         """Give the places back."""
         self._rendezvous.close()
+        self._drop_late_ranks()
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
@@ -174,5 +177,14 @@ class RayLauncher:
 
     def _admit(self, sock: socket.socket, hello: Hello, _address: str) -> None:
         with self._joined:
+            if hello.attempt != self._attempt:
+                sock.close()
+                return
             self._socks[hello.attempt, hello.local_rank] = sock
             self._joined.notify_all()
+
+    def _drop_late_ranks(self) -> None:
+        """Close the connections of ranks that joined after their attempt was given up."""
+        for sock in self._socks.values():
+            sock.close()
+        self._socks.clear()

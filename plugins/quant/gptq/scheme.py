@@ -78,7 +78,7 @@ class GptqScheme:
         if module.bias is not None:
             module.bias[spec.rows(shard)].copy_(tensors["bias"])
         elif "bias" in tensors:
-            _expect_no_bias(tensors["bias"], spec, shard)
+            _expect_no_bias(tensors["bias"], spec.shards[shard][0])
 
     def finalize(self, module: nn.Module, _spec: LinearSpec, /) -> None:
         """Make weights of the random bits that stand in for a checkpoint."""
@@ -88,13 +88,7 @@ class GptqScheme:
                     part.settle()
 
 
-def _expect_no_bias(bias: torch.Tensor, spec: LinearSpec, shard: int) -> None:
-    """Pass over a bias of zeros.
-
-    Of the ranks that share a layer's inputs only the first adds its bias, so only that one can tell
-    whether it has one.
-    """
-    if spec.input_spans[0].start == 0 and bias.any():
-        raise CheckpointError(
-            f"{spec.shards[shard][0]}.bias is not zero, but the model has no bias there"
-        )
+def _expect_no_bias(bias: torch.Tensor, prefix: str) -> None:
+    """Pass over a bias of zeros, which older tools write for every layer."""
+    if bias.any():
+        raise CheckpointError(f"{prefix}.bias is not zero, but the model has no bias there")
