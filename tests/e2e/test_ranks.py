@@ -15,6 +15,8 @@ import pytest
 from server_process import ServerProcess
 
 from core import LLM, SamplingParams
+from core.errors import CytheraError
+from core.plan import Plan
 from core.testing.checkpoints import make_checkpoint
 from core.testing.tokenizers import make_tokenizer
 
@@ -73,6 +75,12 @@ def test_too_many_ranks_are_refused_by_the_plan(folders):
         LLM(str(folders("qwen3")), **SETTINGS, tensor_parallel_size=5)
     with pytest.raises(PlanError, match="--pipeline-parallel-size 3 is more than the 2 layers"):
         LLM(str(folders("qwen3")), **SETTINGS, pipeline_parallel_size=3)
+
+
+def test_ranks_that_come_to_another_plan_are_refused(folders, monkeypatch):
+    monkeypatch.setattr(Plan, "digest", lambda _plan: "of another version")
+    with pytest.raises(CytheraError, match=r"rank \d came to another plan than the engine"):
+        LLM(str(folders("qwen3")), **SETTINGS, tensor_parallel_size=2)
 
 
 # --- a server --------------------------------------------------------------------------------------
