@@ -46,7 +46,7 @@ def quantize(
         bool, _flag(_METHOD, "gptq: quantize important inputs first (desc_act).", show_default=False)
     ] = False,
     damp_percent: Annotated[
-        float, _flag(_METHOD, "gptq: damping of the Hessian, as a share of its mean.", metavar="X")
+        float, _flag(_METHOD, "gptq, fp8: damping of the Hessian, as a share of its mean.", metavar="X")
     ] = _DEFAULTS.damp_percent,
     activation_scheme: Annotated[
         str, _flag(_METHOD, "fp8: static or dynamic scales of inputs.", metavar="NAME")

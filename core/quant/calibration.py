@@ -27,7 +27,7 @@ class QuantizeOptions:
     act_order: bool = False
     """GPTQ: quantize inputs in order of their importance (desc_act)."""
     damp_percent: float = 0.01
-    """GPTQ: added to the diagonal of the Hessian, as a share of its mean."""
+    """GPTQ and FP8: added to the diagonal of the Hessian, as a share of its mean."""
     activation_scheme: str = "dynamic"
     """FP8: `dynamic` or `static`."""
     strategy: str = "channel"

@@ -52,6 +52,18 @@ def test_texts_come_from_the_streams_that_are_meant(texts):
     assert "prediction prediction" in (texts / "heldout.txt").read_text()
 
 
+def test_installed_code_is_divided_as_the_training_divides_it(tmp_path):
+    texts = load("texts")
+    texts.write_code(["structlog"], tmp_path, 9000)
+    calibration, heldout = ((tmp_path / name).read_text() for name in texts.FILES)
+    assert len(calibration) > 20_000
+    assert len(heldout) > 2_000  # one file in many is held out
+    files = texts.find_code([])
+    assert not set(files["calibration.txt"]) & set(files["heldout.txt"])
+    with pytest.raises(SystemExit, match="no such package"):
+        texts.find_code(["nothing_of_that_name"])
+
+
 def test_pieces_are_spread_over_the_stream():
     tokens = np.arange(10 * 1024 + 7, dtype=np.uint16)
     assert load("texts").take_pieces(tokens, 3 * 1024)[:, 0].tolist() == [0, 3 * 1024, 6 * 1024]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import CheckpointError
-from plugins.quant.gptq import hessian, rounding
+from core.quant import feedback
+from core.quant.feedback import find_hessian, find_order
 from plugins.quant.gptq.grid import Grid
-from plugins.quant.gptq.hessian import find_hessian, find_order, invert
 from plugins.quant.gptq.rounding import quantize
 
 F64 = torch.float64
@@ -106,57 +106,6 @@ def test_constant_groups(value, symmetric):
     assert scale.isfinite().all()
 
 
-# --- the decomposition -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_the_hessian_is_that_of_all_tokens(chunk, monkeypatch):
-    monkeypatch.setattr(hessian, "TOKENS_AT_ONCE", chunk)
-    x = correlated(50, 9)
-    torch.testing.assert_close(find_hessian(x), 2 * x.T @ x / 50)
-    assert find_hessian(x.half()).dtype == torch.float32
-    assert not find_hessian(x[:0]).any()
-
-
-@settings(max_examples=30, deadline=None)
-@given(size=st.integers(1, 40), num_tokens=st.integers(0, 60), damping=st.sampled_from([0.001, 0.1]))
-def test_the_inverse_is_decomposed(size, num_tokens, damping):
-    hessian = find_hessian(correlated(num_tokens, size))
-    upper = invert(hessian, damping, "a")
-    damped = hessian + damping * hessian.diagonal().mean() * identity(size)
-    if not num_tokens:
-        damped = identity(size)
-    assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper.T @ upper @ damped, identity(size), rtol=1e-6, atol=1e-6)
-
-
-def test_inputs_that_are_always_zero_touch_nothing():
-    x = correlated(80, 12)
-    x[:, [3, 7]] = 0
-    upper = invert(find_hessian(x), 0.01, "a")
-    others = [i for i in range(12) if i not in (3, 7)]
-    assert not upper[3, 4:].any()
-    assert not upper[:3, 3].any()
-    torch.testing.assert_close(
-        upper[others][:, others], invert(find_hessian(x[:, others]), 0.01, "a"), rtol=1e-9, atol=1e-12
-    )
-
-
-def test_damping_is_raised_where_it_does_not_suffice():
-    x = draw(1, 16).repeat(64, 1)
-    hessian = find_hessian(x).float()  # of rank one
-    assert invert(hessian, 1e-9, "a").isfinite().all()
-
-
-def test_what_cannot_be_damped_is_refused():
-    hessian = find_hessian(correlated(20, 4))
-    hessian[1, 2] = hessian[2, 1] = math.nan
-    with pytest.raises(
-        CheckpointError, match=r"Hessian of a\.b is not positive definite.*--damp-percent"
-    ):
-        invert(hessian, 0.01, "a.b")
-
-
 # --- rounding --------------------------------------------------------------------------------------
 
 
@@ -195,25 +144,13 @@ def rest_as_defined(weight, hessian, grid, group_size, damping):
 @pytest.mark.parametrize("group_size", [8, 24, 48, 96])
 @pytest.mark.parametrize("block_size", [1, 16, 24, 128])
 def test_codes_are_those_of_the_definition(group_size, block_size, monkeypatch):
-    monkeypatch.setattr(rounding, "BLOCK_SIZE", block_size)
+    monkeypatch.setattr(feedback, "BLOCK_SIZE", block_size)
     grid = Grid(bits=3, symmetric=False)
     weight, hessian = draw(6, 96), find_hessian(correlated(300, 96))
     found = quantize(weight, hessian, grid, group_size, damp_percent=0.05)
     expected = rest_as_defined(weight, hessian, grid, group_size, 0.05)
     # A weight in the middle between two codes may fall to either side, and later ones with it.
     assert (found.codes.double() == expected).double().mean() > 0.98
-
-
-def test_blocks_hold_whole_groups_or_whole_parts_of_one():
-    for num_inputs, group_size in [(64, 64), (96, 32), (512, 128), (480, 96), (1024, 512), (300, 300)]:
-        blocks = list(rounding._blocks(num_inputs, group_size))
-        assert [i for block in blocks for i in range(block.start, block.stop)] == list(
-            range(num_inputs)
-        )
-        assert all(block.stop - block.start <= 128 for block in blocks)
-        for block in blocks:
-            size = block.stop - block.start
-            assert size % group_size == 0 or block.start // group_size == (block.stop - 1) // group_size
 
 
 @settings(max_examples=20, deadline=None)

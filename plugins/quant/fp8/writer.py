@@ -1,4 +1,4 @@
-"""Writes FP8 checkpoints: rounding to nearest under scales that leave nothing out of range."""
+"""Writes FP8 checkpoints, rounded so that outputs on the calibration text change little."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 
 from core.errors import CheckpointError, ConfigError
 from core.quant.compressed_tensors import METHOD as COMPRESSED
+from core.quant.feedback import find_hessian
 from core.quant.names import REGEX
-from plugins.quant.fp8.blocks import BLOCK_SIZE, block_of, quantize
+from plugins.quant.fp8.blocks import BLOCK_SIZE
+from plugins.quant.fp8.calibrated import quantize
 from plugins.quant.fp8.compressed import FLOAT_QUANTIZED
 from plugins.quant.fp8.formats import Strategy
 from plugins.quant.fp8.native import NATIVE
@@ -32,7 +34,7 @@ class Fp8Writer:
     A scale for each tensor or block is written in the native format.  That one has no scales for each
     output feature, so these are written in the format of compressed-tensors.
 
-    :raises ConfigError: an option is unknown, or blocks are to have static inputs.
+    :raises ConfigError: an option is unknown or out of range, or blocks are to have static inputs.
     """
 
     def __init__(self, options: QuantizeOptions) -> None:
@@ -40,6 +42,7 @@ class Fp8Writer:
         if problems:
             raise ConfigError("; ".join(problems))
         self._strategy = cast("Strategy", options.strategy)
+        self._damp_percent = options.damp_percent
         self._is_static = options.activation_scheme == "static"
         self._ignored: list[str] = []
         self._other_parts: tuple[str, ...] = ()
@@ -47,7 +50,7 @@ class Fp8Writer:
     def quantize_layer(self, layer: CalibratedLayer, /) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Quantize the linear layers that are not ignored.
 
-        :raises CheckpointError: a weight or an input is NaN or infinite.
+        :raises CheckpointError: weights or inputs are not finite.
         """
         self._other_parts = layer.model.ignored_prefixes
         tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -79,16 +82,25 @@ class Fp8Writer:
         return config
 
     def _quantize(self, linear: CalibratedLinear) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        shards = zip(linear.spec.shards, linear.weights, linear.biases, strict=True)
-        for (prefix, _), weight, bias in shards:
-            codes, scales = quantize(weight, block_of(self._strategy, weight.shape), prefix)
-            suffix = "weight_scale_inv" if self._strategy == "block" else "weight_scale"
+        spec = linear.spec
+        input_scale = _input_scale(linear) if self._is_static else None
+        prefixes = [prefix for prefix, _ in spec.shards]
+        quantized = quantize(
+            dict(zip(prefixes, linear.weights, strict=True)),
+            find_hessian(linear.inputs),
+            self._strategy,
+            damp_percent=self._damp_percent,
+            name=spec.name,
+        )
+        suffix = "weight_scale_inv" if self._strategy == "block" else "weight_scale"
+        for prefix, bias in zip(prefixes, linear.biases, strict=True):
+            codes, scales = quantized[prefix]
             tensors = {
                 "weight": codes,
                 suffix: scales.reshape(1) if self._strategy == "tensor" else scales,
             }
-            if self._is_static:
-                tensors["input_scale"] = _input_scale(linear)
+            if input_scale is not None:
+                tensors["input_scale"] = input_scale.clone()  # files hold no storage twice
             if bias is not None:
                 tensors["bias"] = bias
             yield prefix, tensors
@@ -101,6 +113,8 @@ def _problems(options: QuantizeOptions) -> Iterator[str]:
         yield f"--activation-scheme {options.activation_scheme} is none of {', '.join(_SCHEMES)}"
     if options.strategy == "block" and options.activation_scheme == "static":
         yield "--strategy block needs --activation-scheme dynamic: no format has both"
+    if not 0 < options.damp_percent < 1:
+        yield f"--damp-percent {options.damp_percent} is not between 0 and 1"
 
 
 def _input_scale(linear: CalibratedLinear) -> torch.Tensor:

@@ -1,29 +1,20 @@
-"""GPTQ: rounding weights one input at a time, so that later inputs make up for the errors of earlier.
+"""GPTQ: weights in groups that share a scale, rounded so that later inputs make up for earlier errors.
 
-Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
-arXiv:2210.17323.  For inputs X, [T, inputs], a change D of the weights changes the outputs by
-sum d (XᵀX) dᵀ over the rows d of D: a quadratic form with the Hessian H = 2 XᵀX.  Once an input has
-been rounded, the best change of the remaining ones is known; all steps together are a Cholesky
-decomposition of the inverse of H.
+How errors are passed on is in `core.quant.feedback`; here is what is chosen and stored on the way.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from core.errors import CheckpointError
-from plugins.quant.gptq.hessian import find_order, invert
+from core.quant.feedback import find_order, invert, round_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from plugins.quant.gptq.grid import Grid
-
-BLOCK_SIZE: Final = 128
-"""Inputs after which the errors of a block reach all later inputs, in one product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,80 +60,50 @@ def quantize(
         order = find_order(hessian)
         hessian = hessian[order][:, order]
     upper = invert(hessian, damp_percent, name).to(weight.dtype)
-    rounding = _Rounding(weight[:, order], upper, grid, group_size or weight.shape[1])
-    rounding.run()
+    group_size = group_size or weight.shape[1]
+    rest = weight[:, order]
+    rounding = _Rounding(rest, grid, group_size)
+    round_inputs(rest, upper, rounding.round_input, group_size)
     if not rounding.scales.isfinite().all():
         raise CheckpointError(f"{name} holds a weight that is not finite, or too large for its scale")
     places = torch.argsort(order)
-    groups = (places // rounding.group_size).to(torch.int32)
+    groups = (places // group_size).to(torch.int32)
     scales, zeros = rounding.scales.T.contiguous(), rounding.zeros.T.to(torch.uint8)
-    return Quantized(rounding.codes[:, places], scales, zeros, groups)
+    return Quantized(rounding.codes[places].T.contiguous(), scales, zeros, groups)
 
 
 class _Rounding:
-    """Rounds the inputs of a matrix in order.
+    """What the inputs of a matrix are rounded to, and what is stored of them.
 
-    :param rest: [N, inputs]; changes: what is left of it is to be rounded.
-    :param upper: see `invert`.
+    :param rest: [N, inputs]: what is to be rounded, as `round_inputs` changes it.
     """
 
-    def __init__(self, rest: torch.Tensor, upper: torch.Tensor, grid: Grid, group_size: int) -> None:
+    def __init__(self, rest: torch.Tensor, grid: Grid, group_size: int) -> None:
         num_outputs, num_inputs = rest.shape
-        self.rest = rest
-        self.upper = upper
-        self.grid = grid
-        self.group_size = group_size
-        self.codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
+        self._rest = rest
+        self._grid = grid
+        self._group_size = group_size
+        self.codes = torch.empty((num_inputs, num_outputs), dtype=torch.uint8, device=rest.device)
         self.scales = rest.new_empty((num_inputs // group_size, num_outputs))
         self.zeros = torch.empty_like(self.scales)
 
-    def run(self) -> None:
-        """Round all."""
-        for block in _blocks(self.rest.shape[1], self.group_size):
-            errors = self._round_block(block)
-            self.rest[:, block.stop :] -= errors.T @ self.upper[block, block.stop :]
-
-    def _round_block(self, block: slice) -> torch.Tensor:
-        """Round a block of inputs one by one.
-
-        :return: [block, N]: errors in units of U's diagonal, by which later inputs are to change.
-        """
-        rest = self.rest[:, block].T.contiguous()  # inputs first: each is read and changed at once
-        upper = self.upper[block, block]
-        errors, codes = torch.empty_like(rest), torch.empty_like(rest)
-        for index, weights in enumerate(rest):
-            group, offset = divmod(block.start + index, self.group_size)
-            if offset == 0:
-                self._fit(group, rest[index:])
-            scale, zero = self.scales[group], self.zeros[group]
-            codes[index] = self.grid.encode(weights, scale, zero)
-            errors[index] = (weights - (codes[index] - zero) * scale) / upper[index, index]
-            rest[index + 1 :].addr_(upper[index, index + 1 :], errors[index], alpha=-1)
-        self.codes[:, block] = codes.T.to(torch.uint8)
-        return errors
+    def round_input(self, index: int, later: torch.Tensor) -> torch.Tensor:
+        """Round the weights of an input: a `RoundInput`."""
+        group, offset = divmod(index, self._group_size)
+        if offset == 0:
+            self._fit(group, later)
+        scale, zero = self.scales[group], self.zeros[group]
+        codes = self._grid.encode(later[0], scale, zero)
+        self.codes[index] = codes.to(torch.uint8)
+        return (codes - zero) * scale
 
     def _fit(self, group: int, later: torch.Tensor) -> None:
         """Choose scale and zero point of a group that begins.
 
         :param later: [inputs, N]: what is to be rounded next of the block, all of the group or less.
         """
-        if (
-            len(later) < self.group_size
-        ):  # it goes on in later blocks, which the errors so far have reached
-            start = group * self.group_size
-            later = self.rest[:, start : start + self.group_size].T
-        self.scales[group], self.zeros[group] = self.grid.fit(later[: self.group_size].T)
-
-
-def _blocks(num_inputs: int, group_size: int) -> Iterator[slice]:
-    """Cut inputs into blocks: whole groups, or whole parts of one.
-
-    Then all weights of a group have their final values when its scale is chosen.
-    """
-    step = BLOCK_SIZE
-    if group_size <= BLOCK_SIZE:
-        step = BLOCK_SIZE // group_size * group_size
-    elif group_size < num_inputs:
-        step = next(size for size in range(BLOCK_SIZE, 0, -1) if group_size % size == 0)
-    for start in range(0, num_inputs, step):
-        yield slice(start, min(start + step, num_inputs))
+        if len(later) < self._group_size:
+            # It goes on in later blocks, which the errors so far have reached.
+            start = group * self._group_size
+            later = self._rest[:, start : start + self._group_size].T
+        self.scales[group], self.zeros[group] = self._grid.fit(later[: self._group_size].T)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from core.errors import ConfigError
+from core.quant.feedback import find_hessian
 from core.quant.names import REGEX
 from core.quant.packing import pack
 from plugins.quant.gptq.grid import Grid
-from plugins.quant.gptq.hessian import find_hessian
 from plugins.quant.gptq.rounding import quantize
 from plugins.quant.gptq.rules import BITS, HEAD, METHOD, SKIP
 
