@@ -24,6 +24,6 @@ def choose_layers(layers: Span, layer_bytes: float, wanted_bytes: float) -> tupl
     """
     if wanted_bytes <= 0 or layer_bytes <= 0:
         return ()
-    count = min(layers.size, math.ceil(wanted_bytes / layer_bytes))
+    count = min(layers.size, max(1, math.ceil(wanted_bytes / layer_bytes)))
     # The last layer of each of `count` stretches: the first to run is thus as late as it can be.
     return tuple(layers.start + (turn + 1) * layers.size // count - 1 for turn in range(count))
