@@ -296,9 +296,13 @@ class PlanDraft:
             raise PlanError([str(error)]) from error
         return tuple(dataclasses.replace(row, layers=layers) for layers in stages for row in rows)
 
-    def _cut_step(self) -> int:
+    def _quantizer(self) -> QuantizerEntry | None:
         entry = self.choices["quant"].registered.descriptor
-        return entry.cut_step(self.requirements) if isinstance(entry, QuantizerEntry) else 1
+        return entry if isinstance(entry, QuantizerEntry) else None
+
+    def _cut_step(self) -> int:
+        entry = self._quantizer()
+        return 1 if entry is None else entry.cut_step(self.requirements)
 
     # --- sizes ---
 
@@ -326,8 +330,8 @@ class PlanDraft:
 
     def _linear_bytes(self) -> int:
         num_linear = self.model.num_linear_parameters()
-        entry = self.choices["quant"].registered.descriptor
-        bits = entry.weight_bits(self.requirements) if isinstance(entry, QuantizerEntry) else None
+        entry = self._quantizer()
+        bits = None if entry is None else entry.weight_bits(self.requirements)
         return math.ceil(num_linear * (8 * _DTYPE_BYTES[self.dtype] if bits is None else bits) / 8)
 
     def _resolve_kv_cache_dtype(self) -> str:

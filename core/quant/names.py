@@ -55,6 +55,11 @@ def spellings(name: str, model: ModelSpec | None) -> tuple[str, ...]:
     )
 
 
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of several patterns means a module; see `matches`."""
+    return any(matches(name, pattern) for pattern in patterns)
+
+
 def in_decoder(patterns: Iterable[str], model: ModelSpec) -> tuple[str, ...]:
     """Spell plain patterns as the decoder spells names, where the family renames the checkpoint's."""
     return tuple(_rename(pattern, model) for pattern in patterns)

@@ -34,7 +34,7 @@ from core.quant.layers import (
     split_samples,
     take_changes,
 )
-from core.quant.names import in_decoder, matches
+from core.quant.names import in_decoder, matches, matches_any
 from core.quant.report import LayerReport, Report
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def find_ignored(options: QuantizeOptions, asked: tuple[str, ...], plan: Plan) -
 
 
 def _is_ignored(spec: LinearSpec, patterns: tuple[str, ...]) -> bool:
-    found = {prefix: any(matches(prefix, p) for p in patterns) for prefix, _ in spec.shards}
+    found = {prefix: matches_any(prefix, patterns) for prefix, _ in spec.shards}
     if len(set(found.values())) > 1:
         given, missing = (
             ", ".join(p for p, is_in in found.items() if is_in is k) for k in (True, False)

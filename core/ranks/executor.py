@@ -132,16 +132,17 @@ class RankExecutor:
         self._group = group = RankGroup(
             handles, answer_timeout=config.rank_timeout, step_timeout=config.step_timeout
         )
+        settings, digest = config.to_dict(), plan.digest()  # the same for all
         for rank, handle in enumerate(handles):
             begin = Begin(
                 rank=rank,
                 local_rank=handle.local_rank,
                 world_size=plan.world_size,
                 local_world_size=handle.local_world_size,
-                config=config.to_dict(),
+                config=settings,
                 origins=config.origins,
                 defaults=list(self._recipe.defaults),
-                digest=plan.digest(),
+                digest=digest,
                 store_host=host,
                 store_port=store.port,
                 timeout=max(STARTING, 2 * config.step_timeout),

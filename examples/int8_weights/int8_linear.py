@@ -9,7 +9,7 @@ import torch
 from core.interfaces import Axis, LinearSpec, TensorSpec
 from core.model.linear import PlainScheme, make_weight
 from core.quant.linear import DequantizedLinear
-from core.quant.names import ask_shards, matches
+from core.quant.names import ask_shards, matches_any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,9 +58,7 @@ class Int8Scheme:
         self._plain = PlainScheme()
 
     def _is_ignored(self, spec: LinearSpec) -> bool:
-        return ask_shards(
-            spec, lambda name: any(matches(name, pattern) for pattern in self._ignored), "ignore"
-        )
+        return ask_shards(spec, lambda name: matches_any(name, self._ignored), "ignore")
 
     def make_linear(self, spec: LinearSpec, /) -> nn.Module:
         """Make an empty layer."""

@@ -10,7 +10,7 @@ from core.errors import CheckpointError
 from core.interfaces import Axis, TensorSpec
 from core.model.linear import PlainScheme
 from core.quant.linear import DequantizedLinear
-from core.quant.names import ask_shards, in_decoder, matches
+from core.quant.names import ask_shards, in_decoder, matches_any
 from core.sharding import local_groups
 from plugins.quant.awq.config import ALL_INPUTS, CODES_PER_WORD
 from plugins.quant.awq.layout import unpack
@@ -165,7 +165,7 @@ class AwqScheme:
         return not ask_shards(spec, self._is_skipped, "whether they are skipped")
 
     def _is_skipped(self, prefix: str) -> bool:
-        return any(matches(prefix, pattern) for pattern in self._skipped)
+        return matches_any(prefix, self._skipped)
 
 
 def check_layer(spec: LinearSpec, group_size: int) -> None:

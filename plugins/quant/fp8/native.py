@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from core.quant.names import ask_shards, matches, spellings
+from core.quant.names import ask_shards, matches_any, spellings
 from plugins.quant.fp8.formats import HEAD_ROLE, LayerFormat
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def native_formats(
 
     def is_skipped(prefix: str) -> bool:
         names = spellings(prefix, model)
-        return any(matches(name, pattern) for name in names for pattern in patterns)
+        return any(matches_any(name, patterns) for name in names)
 
     def format_of(spec: LinearSpec) -> LayerFormat | None:
         if spec.role == HEAD_ROLE or ask_shards(spec, is_skipped, "whether they are skipped"):
