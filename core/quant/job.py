@@ -23,6 +23,7 @@ from core.quant.checkpoint import (
 from core.quant.quality import QualityProbe
 from core.quant.report import REPORT_FILE
 from core.quant.samples import SampleReader, Samples
+from core.quant.stated import find_quantization
 from core.quant.writer import FP8, CheckpointQuantizer, Setup, complete_ignore, find_ignored, verify
 from core.registry import QuantizerEntry
 from core.tokenizer import load_tokenizer
@@ -180,12 +181,9 @@ def _find_writer(active: ActivePlugins, method: str) -> Callable[[QuantizeOption
 
 
 def _refuse_quantized(hf_config: dict[str, object], folder: Path) -> None:
-    parts = [hf_config, hf_config.get("text_config") or {}]
-    for part in parts:
-        for key in ("quantization_config", "compression_config"):
-            stated = part.get(key) if isinstance(part, dict) else None
-            if stated:
-                method = stated.get("quant_method", key) if isinstance(stated, dict) else key
-                raise ConfigError(
-                    f"{folder} is quantized already ({method}); quantize the checkpoint that it was made of"
-                )
+    stated = find_quantization(hf_config, str(folder))
+    if stated:
+        method = stated.get("quant_method", "quantization_config")
+        raise ConfigError(
+            f"{folder} is quantized already ({method}); quantize the checkpoint that it was made of"
+        )

@@ -16,14 +16,14 @@ _SIDE_FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"
 def find_quantization(hf_config: Any, path: str, revision: str | None = None) -> dict[str, Any]:
     """Find a checkpoint's `quantization_config`: in config.json, in its text part, or in a file of its own.
 
-    :param hf_config: of `transformers`.
+    :param hf_config: of `transformers`, or config.json as it is stored.
     :param path: folder, or name of a repository whose files have been fetched before.
     :return: the config as the checkpoint has it, with `quant_method`; empty if it is not quantized.
     :raises CheckpointError: the file beside config.json is malformed.
     """
-    for config in (hf_config, getattr(hf_config, "text_config", None)):
+    for config in (hf_config, _get(hf_config, "text_config")):
         for key in _KEYS:
-            stated = getattr(config, key, None)
+            stated = _get(config, key)
             if stated:
                 return dict(stated if isinstance(stated, dict) else stated.to_dict())
     for name, method in _SIDE_FILES.items():
@@ -31,6 +31,10 @@ def find_quantization(hf_config: Any, path: str, revision: str | None = None) ->
         if file is not None:
             return {"quant_method": method, **_read(file)}
     return {}
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else getattr(config, key, None)
 
 
 def _find_file(path: str, name: str, revision: str | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -333,6 +334,16 @@ def test_what_is_quantized_is_not_quantized_again(checkpoint, quantize, text, tm
     quantize(checkpoint("llama3"), tmp_path / "once", text)
     with pytest.raises(ConfigError, match=r"quantized already \(rtn8\)"):
         quantize(tmp_path / "once", tmp_path / "twice", text)
+
+
+def test_what_says_so_in_a_file_beside_its_config_is_quantized_too(
+    checkpoint, quantize, text, tmp_path
+):
+    source = shutil.copytree(checkpoint("llama3"), tmp_path / "source")
+    stated = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    (source / "quantize_config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConfigError, match=r"quantized already \(gptq\)"):
+        quantize(source, tmp_path / "out", text)
 
 
 def test_without_a_tokenizer_no_text_can_be_read(checkpoint, quantize, text, tmp_path):
