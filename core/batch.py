@@ -1,19 +1,29 @@
 """StepPlan -> device tensors, from state that stays on the device.
 
 Every row of the batch keeps its tokens and its block table on the device.  A plan brings only what
-is new: the tokens of requests that enter, the blocks that were appended, and three small lists of
-integers.  A token drawn in one step is written into its row by the device itself, so the next step
-can be launched before the host has seen it.
+is new: the tokens of requests that enter, the blocks that were appended, and for the step itself one
+array of integers, which says where in that state each input lies.  A token drawn in one step is
+written into its row by the device itself, so the next step can be launched before the host has seen
+it.
+
+The inputs of a step are views of one buffer.  A captured step keeps its buffer, and a replay reads
+what has been copied there since; the state has one row more than the batch, for padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
     from core.step import StepPlan
 
 
@@ -23,11 +33,15 @@ class StepBatch:
 
     T tokens of S scheduled rows, row by row; rows that decode (one token each) come first.
     The lists are the host's copies, so that no backend needs to synchronise to learn a length.
+
+    In a step that is being captured, T and S are what the graph has room for; the lists are empty, and
+    the tensors are filled anew before each replay.  See `core.interfaces.SupportsCudaGraph` for padding.
     """
 
     num_tokens: int
     num_rows: int
     num_decodes: int
+    """At least so many rows decode; exactly so many in a step that is not captured."""
     token_ids: torch.Tensor
     """[T] int64."""
     positions: torch.Tensor
@@ -46,10 +60,104 @@ class StepBatch:
     counts: list[int]
 
 
+class StepShape(NamedTuple):
+    """What the buffer of a step has room for."""
+
+    num_tokens: int
+    num_rows: int
+    num_draws: int
+    """Rows that draw a token."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has one token and draws."""
+        return self.num_tokens == self.num_rows == self.num_draws
+
+    @property
+    def num_words(self) -> int:
+        """Of eight bytes, in the buffer."""
+        by_row = self.num_rows + (2 * self.num_rows + 2) // 2
+        return 4 * self.num_tokens + by_row + 3 * self.num_draws
+
+
+class _Fields(NamedTuple):
+    """The buffer's parts, as tensors on the device or as arrays on the host; int64 up to the last two."""
+
+    positions: Any
+    offsets: Any
+    """[T], within the token's block."""
+    token_index: Any
+    """[T], into the tokens of all rows."""
+    block_index: Any
+    """[T], into the block tables of all rows."""
+    rows: Any
+    draw_tokens: Any
+    """[N], which of the T tokens a drawing row's last one is."""
+    draw_rows: Any
+    draw_positions: Any
+    """[N], of the token that is drawn."""
+    query_starts: Any
+    seq_lens: Any
+
+
+def _split(words: Any, integers: Any, shape: StepShape) -> _Fields:
+    """Cut a buffer up.
+
+    :param words: the buffer as int64.
+    :param integers: the same memory as int32.
+    """
+    num_tokens, num_rows, num_draws = shape
+    sizes = [num_tokens] * 4 + [num_rows] + [num_draws] * 3
+    ends = np.cumsum(sizes).tolist()
+    parts = [words[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    first = 2 * ends[-1]
+    middle = first + num_rows + 1
+    return _Fields._make([*parts, integers[first:middle], integers[middle : middle + num_rows]])
+
+
+class Draws(NamedTuple):
+    """The N rows of a step that draw a token."""
+
+    tokens: torch.Tensor | None
+    """[N] int64, which of the T tokens each row's last one is; `None`: all of them, in order."""
+    rows: torch.Tensor
+    """[N] int64."""
+    positions: torch.Tensor
+    """[N] int64, of the token that is drawn."""
+
+    def first(self, count: int) -> Draws:
+        """Leave the padding away."""
+        tokens = None if self.tokens is None else self.tokens[:count]
+        return Draws(tokens, self.rows[:count], self.positions[:count])
+
+
+class StepInputs:
+    """The buffer of a step, and what is read from it.
+
+    :param shape: how much it has room for.
+    """
+
+    def __init__(self, shape: StepShape, device: torch.device) -> None:
+        self.shape = shape
+        self._buffer = torch.zeros(shape.num_words, dtype=torch.int64, device=device)
+        self.fields = _split(self._buffer, self._buffer.view(torch.int32), shape)
+
+    def upload(self, host: torch.Tensor) -> None:
+        """Copy what `BatchState.describe` made, in order with what runs on the device."""
+        self._buffer.copy_(host, non_blocking=True)
+
+    @property
+    def draws(self) -> Draws:
+        """The rows that draw, padding included."""
+        fields = self.fields
+        tokens = None if self.shape.is_decode else fields.draw_tokens
+        return Draws(tokens, fields.draw_rows, fields.draw_positions)
+
+
 class BatchState:
     """The persistent rows of one rank.
 
-    :param max_rows: R, rows of the batch.
+    :param max_rows: R, rows of the batch; row R is for padding.
     :param max_model_len: L, most tokens of one sequence.
     """
 
@@ -58,62 +166,95 @@ class BatchState:
     ) -> None:
         self.block_size = block_size
         self.device = device
+        self._padding_row = max_rows
         max_blocks = -(-max_model_len // block_size)
         # One column more: the token drawn at the last position is stored, though never fed back.
-        self.tokens = torch.zeros(max_rows, max_model_len + 1, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
+        shape = (max_rows + 1, max_model_len + 1)
+        self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros((max_rows + 1, max_blocks), dtype=torch.int32, device=device)
 
     def update(self, plan: StepPlan) -> None:
-        """Enter the tokens and blocks that a plan brings: one small copy for each of the two."""
-        width = self.tokens.shape[1]
-        indices: list[int] = []
-        values: list[int] = []
-        for entry in plan.added:
-            first = entry.row * width
-            indices.extend(range(first, first + len(entry.token_ids)))
-            values.extend(entry.token_ids)
-        self._scatter(self.tokens, indices, values)
-        if plan.added:  # what the row's former request left behind its end becomes padding
-            added = self._to_device([entry.row for entry in plan.added], torch.int64)
+        """Enter the tokens and blocks that a plan brings."""
+        if plan.added:
+            starts = [(entry.row, 0, entry.token_ids) for entry in plan.added]
+            self._scatter(self.tokens, starts)
+            # What the row's former request left behind its end becomes padding.
+            added = self._to_device(np.array([entry.row for entry in plan.added]))
             self.block_tables.index_fill_(0, added, 0)
-        width = self.block_tables.shape[1]
-        indices, values = [], []
-        for append in plan.appended:
-            first = append.row * width + append.start
-            indices.extend(range(first, first + len(append.block_ids)))
-            values.extend(append.block_ids)
-        self._scatter(self.block_tables, indices, values)
+        if plan.appended:
+            appended = [(append.row, append.start, append.block_ids) for append in plan.appended]
+            self._scatter(self.block_tables, appended)
 
-    def make_batch(self, plan: StepPlan) -> StepBatch:
-        """Gather the inputs of one step.  Call `update` first."""
-        num_tokens, num_rows = plan.num_tokens, len(plan.rows)
-        ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
-        lists = self._to_device([plan.rows, plan.starts, plan.counts, ends], torch.int64)
-        rows, starts, counts, seq_lens = lists.unbind()
-        query_starts = torch.zeros(num_rows + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(counts, 0, out=query_starts[1:])
-        # Row and position of each token: position = start + (index - index of the row's first).
-        index = torch.arange(num_rows, device=self.device).repeat_interleave(
-            counts, output_size=num_tokens
-        )
-        offsets = starts - query_starts[:-1]
-        positions = torch.arange(num_tokens, device=self.device) + offsets[index]
-        token_rows = rows[index]
-        blocks = self.block_tables[token_rows, positions // self.block_size].long()
-        max_blocks = -(-max(ends) // self.block_size)
+    def describe(self, plan: StepPlan, shape: StepShape) -> torch.Tensor:
+        """Say on the host where a step's inputs lie, padded to a shape.
+
+        :return: what `StepInputs.upload` takes, pinned for a GPU.
+        """
+        host = torch.zeros(shape.num_words, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        words = host.numpy()
+        fields = _split(words, words.view(np.int32), shape)
+        rows, starts, counts = (np.array(x) for x in (plan.rows, plan.starts, plan.counts))
+        num_rows = len(rows)
+        ends = starts + counts
+        fields.rows[:num_rows] = rows
+        fields.rows[num_rows:] = self._padding_row
+        fields.seq_lens[:num_rows] = ends
+        if shape.is_decode:
+            token_rows, positions = rows, starts
+            fields.query_starts[:] = np.arange(shape.num_rows + 1)
+            drawing = np.arange(num_rows)
+        else:
+            firsts = np.zeros(num_rows + 1, dtype=np.int64)
+            np.cumsum(counts, out=firsts[1:])
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(firsts[-1]) + np.repeat(starts - firsts[:-1], counts)
+            fields.query_starts[: num_rows + 1] = firsts
+            fields.query_starts[num_rows + 1 :] = firsts[-1]
+            drawing = np.flatnonzero(plan.samples)
+            fields.draw_tokens[: len(drawing)] = firsts[1:][drawing] - 1
+        self._locate(fields, token_rows, positions)
+        num_draws = len(drawing)
+        fields.draw_rows[:num_draws] = rows[drawing]
+        fields.draw_rows[num_draws:] = self._padding_row
+        fields.draw_positions[:num_draws] = ends[drawing]
+        return host
+
+    def _locate(self, fields: _Fields, token_rows: NDArray[Any], positions: NDArray[Any]) -> None:
+        """Say where each token lies, and where its key and value go; padding is in the last row."""
+        num_tokens = len(positions)
+        blocks, offsets = np.divmod(positions, self.block_size)
+        fields.positions[:num_tokens] = positions
+        fields.offsets[:num_tokens] = offsets
+        fields.token_index[:] = self._padding_row * self.tokens.shape[1]
+        fields.token_index[:num_tokens] = token_rows * self.tokens.shape[1] + positions
+        fields.block_index[:] = self._padding_row * self.block_tables.shape[1]
+        fields.block_index[:num_tokens] = token_rows * self.block_tables.shape[1] + blocks
+
+    def make_batch(self, inputs: StepInputs, plan: StepPlan | None = None) -> StepBatch:
+        """Gather the inputs of one step on the device.  Call `update` and `upload` first.
+
+        :param plan: of a step that is run as it is, without padding; `None` while one is captured.
+        """
+        fields, shape = inputs.fields, inputs.shape
+        tables = self.block_tables
+        blocks = tables.view(-1).index_select(0, fields.block_index)
+        if plan is not None:
+            longest = max(map(sum, zip(plan.starts, plan.counts, strict=True)))
+            tables = tables[:, : -(-longest // self.block_size)]
+        num_decodes = shape.num_rows if shape.is_decode else 0
         return StepBatch(
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            num_decodes=plan.num_decodes,
-            token_ids=self.tokens[token_rows, positions].long(),
-            positions=positions,
-            slots=blocks * self.block_size + positions % self.block_size,
-            rows=rows,
-            query_starts=query_starts.int(),
-            seq_lens=seq_lens.int(),
-            block_tables=self.block_tables[rows, :max_blocks],
-            starts=plan.starts,
-            counts=plan.counts,
+            num_tokens=shape.num_tokens,
+            num_rows=shape.num_rows,
+            num_decodes=num_decodes if plan is None else plan.num_decodes,
+            token_ids=self.tokens.view(-1).index_select(0, fields.token_index).long(),
+            positions=fields.positions,
+            slots=torch.add(fields.offsets, blocks, alpha=self.block_size),
+            rows=fields.rows,
+            query_starts=fields.query_starts,
+            seq_lens=fields.seq_lens,
+            block_tables=tables.index_select(0, fields.rows),
+            starts=plan.starts if plan else [],
+            counts=plan.counts if plan else [],
         )
 
     def store(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -122,15 +263,23 @@ class BatchState:
         A row that failed drew a negative number; a later step that is already planned may still
         read it, so it is stored as token 0.
         """
-        self.tokens[rows, positions] = tokens.clamp(min=0).int()
+        index = torch.add(positions, rows, alpha=self.tokens.shape[1])
+        self.tokens.view(-1)[index] = tokens.clamp(min=0).int()
 
-    def _scatter(self, target: torch.Tensor, indices: list[int], values: list[int]) -> None:
-        if indices:
-            packed = self._to_device([indices, values], torch.int64)
-            target.view(-1)[packed[0]] = packed[1].int()
+    def _scatter(self, target: torch.Tensor, parts: Sequence[tuple[int, int, list[int]]]) -> None:
+        """Write runs of numbers, each given by its row and first column: one small copy for all."""
+        lengths = [len(values) for _, _, values in parts]
+        total, width = sum(lengths), target.shape[1]
+        packed = np.empty((2, total), dtype=np.int64)
+        firsts = np.array([row * width + start for row, start, _ in parts])
+        ends = np.cumsum(lengths)
+        packed[0] = np.arange(total) + np.repeat(firsts - (ends - lengths), lengths)
+        packed[1] = np.fromiter(chain.from_iterable(values for _, _, values in parts), np.int64, total)
+        index, values = self._to_device(packed)
+        target.view(-1)[index] = values.int()
 
-    def _to_device(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
-        host = torch.tensor(values, dtype=dtype)
+    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
+        host = torch.from_numpy(array)
         if self.device.type == "cpu":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)

@@ -99,7 +99,8 @@ def make_token_budget_scheduler(plan: Plan, kv_cache: KVCache) -> TokenBudgetSch
 @hookimpl
 def core_register_quantizers() -> Iterable[QuantizerEntry]:
     """Contribute `none`."""
-    return [QuantizerEntry(name="none", factory=make_plain_scheme, summary="weights as they are")]
+    summary = "weights as they are, applied by torch"
+    return [QuantizerEntry(name="none", factory=make_plain_scheme, serves_plain=True, summary=summary)]
 
 
 @hookimpl

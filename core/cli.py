@@ -40,6 +40,15 @@ if TYPE_CHECKING:
 
     from core.pluginhost import PluginReport
 
+BENCHMARKS: Final = {
+    "latency": "Measure how long a batch takes: in all, to the first token, and per token.",
+    "throughput": "Measure tokens per second of an engine that has all requests at once.",
+    "serve": "Put a load on any server with OpenAI's API, and report what clients saw.",
+    "startup": "Measure how long a server takes from its start to the first token.",
+    "kernels": "Profile steps on a GPU, kernel by kernel, beside what the card can do.",
+    "model": "Write a model with a config and no weights, to be measured.",
+}
+"""The benchmarks of `core.bench.commands`."""
 MAX_ERROR_LINES: Final = 10
 EXIT_USAGE: Final = 2
 EXIT_PLUGIN: Final = 3
@@ -173,7 +182,7 @@ AsJson = Annotated[
 ]
 
 
-def _load(
+def load_settings(
     model: str | None,
     flags: EngineFlags | None,
     config_file: Path | None,
@@ -181,6 +190,11 @@ def _load(
     *,
     need_model: bool = True,
 ) -> EngineConfig:
+    """Put flags over environment and file, and check the result.
+
+    :param assignments: what `--set` was given.
+    :raises ConfigError: lists every problem, each with its origin.
+    """
     given = {"model": model, **(vars(flags) if flags else {})}
     if items := parse_assignments(assignments):
         given["plugin_settings"] = items
@@ -227,7 +241,9 @@ def make_app() -> App:
     config = App(name="config", help="See settings, and where each comes from.")
     config.command(config_show, name="show")
     app.command(config)
-    bench = App(name="bench", help="Measure the engine on this machine.")
+    bench = App(name="bench", help="Measure engines and servers.")
+    for name, help_ in BENCHMARKS.items():
+        bench.command(f"core.bench.commands:bench_{name}", name=name, help=help_)
     bench.command(bench_steps, name="steps")
     bench.command(bench_compare, name="compare")
     bench.command(bench_http, name="http")
@@ -248,7 +264,7 @@ def serve(
 
     :param model: Folder of a checkpoint, or the id of one on the hub; demo is the bundled one.
     """
-    config = _load(model, flags, config_file, assignments)
+    config = load_settings(model, flags, config_file, assignments)
     configure_logging(config.log_level, config.log_format)
     from core import serve as serving  # noqa: PLC0415  not needed for --help
 
@@ -268,7 +284,7 @@ def plan(
 
     :param model: Folder of a checkpoint, or the id of one on the hub.
     """
-    config = _load(model, flags, config_file, assignments)
+    config = load_settings(model, flags, config_file, assignments)
     configure_logging(config.log_level, config.log_format)
     from core.assemble import make_plan  # noqa: PLC0415  imports torch and transformers
 
@@ -301,7 +317,7 @@ def perplexity(
 
     :param model: Folder of a checkpoint, or the id of one on the hub; demo is the bundled one.
     """
-    config = _load(model, flags, config_file, assignments)
+    config = load_settings(model, flags, config_file, assignments)
     from core.llm import LLM  # noqa: PLC0415  imports torch and transformers
     from core.quant.perplexity import measure  # noqa: PLC0415  imports torch
 
@@ -329,7 +345,7 @@ def config_show(
 
     :param model: Folder of a checkpoint, or the id of one on the hub.
     """
-    config = _load(model, flags, config_file, assignments, need_model=False)
+    config = load_settings(model, flags, config_file, assignments, need_model=False)
     if not as_json:
         _print(config.to_toml(with_origins=origin), end="")
         return

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from core.sharding import Share, Span
 
 
-_FIELDS: Final = {"attention": "attention_backend", "launcher": "distributed_executor_backend"}
+_FIELDS: Final = {
+    "attention": "attention_backend",
+    "launcher": "distributed_executor_backend",
+    "quant": "quantization",
+}
 """Settings that are not called as the kind whose part they name."""
 _DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _KV_DTYPES: Final = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
@@ -194,8 +198,11 @@ class PlanDraft:
     def _choose_quantizer(self) -> None:
         method = self.requirements.quantization
         stored = self.requirements.quantization_config.get("quant_method")
-        if method in (None, "none") and stored is None:
-            self.choices["quant"] = Choice("quant", self.registry.get("quant", "none"), "not quantized")
+        if method == "none" and stored is None:
+            self._choose_named("quant", "none")
+            return
+        if method is None and stored is None:
+            self._choose_auto("quant", self._quantizers_of_plain())
             return
         able: list[Registered] = []
         reasons = []
@@ -208,6 +215,13 @@ class PlanDraft:
             return
         why = "stated by the checkpoint" if stored else self.config.origin_of("quantization")
         self.choices["quant"] = Choice("quant", able[0], why)
+
+    def _quantizers_of_plain(self) -> list[Registered]:
+        return [
+            registered
+            for registered in self.registry.all("quant")
+            if getattr(registered.descriptor, "serves_plain", False)
+        ]
 
     def _quantizers_of(self, method: str | None) -> list[Registered]:
         """List the quantizers of that name, or that read that method."""

@@ -25,7 +25,7 @@ from core.events import (
     StepFailed,
     WorkerLost,
 )
-from core.interfaces import SupportsRecovery
+from core.interfaces import SupportsIdleWork, SupportsRecovery
 from core.messages import Command, Ended, Finish, OutputBatch, Submit
 from core.request import FinishReason, Request
 
@@ -109,14 +109,22 @@ class EngineCore:
         try:
             while not self._is_stopping:
                 if not self.step():
-                    command = self._inbox.get()
-                    if command is not _WAKE:
-                        self._take(command)
+                    self._wait()
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
             self.close(reason)
+
+    def _wait(self) -> None:
+        """Let the executor prepare itself, and block once it has nothing left to do."""
+        executor = self.executor
+        while isinstance(executor, SupportsIdleWork) and self._inbox.empty():
+            if not executor.work_idle():
+                break
+        command = self._inbox.get()
+        if command is not _WAKE:
+            self._take(command)
 
     def step(self) -> bool:
         """Take in commands, launch what can be launched, and apply the oldest result.

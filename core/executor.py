@@ -7,11 +7,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import structlog
 import torch
 
-from core.batch import BatchState, StepBatch
+from core.batch import BatchState, Draws, StepBatch, StepInputs, StepShape
 from core.errors import CapacityError, PlanError
-from core.interfaces import KVCacheSpec, SupportsQuantizedKV
+from core.graphs import StepGraph, StepGraphs, decode_sizes
+from core.interfaces import KVCacheSpec, SupportsQuantizedKV, SupportsSamplerCapture
 from core.model.decoder import make_decoder
 from core.model.kv_scales import KVScales, needs_scales
 from core.model.layer_store import LayerStore
@@ -20,11 +22,13 @@ from core.sampling import LogprobTensors, SampleRows, gather_logprobs
 from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, TokenLogprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from core.assemble import Parts
     from core.plan import Plan
     from core.sampling import Sampled
+
+log = structlog.get_logger(__name__)
 
 _CPU_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the KV cache
 _LOGIT_ROWS = 256  # prompt positions whose logits exist at one time
@@ -103,6 +107,7 @@ class TorchExecutor:
             store=LayerStore(offloaded, self.device) if offloaded else None,
         )
         self._state = self._make_state(plan.max_model_len)
+        self._graphs: StepGraphs | None = None
 
     # --- start ---
 
@@ -152,16 +157,20 @@ class TorchExecutor:
         if self._kv_scales is not None and isinstance(self._attention, SupportsQuantizedKV):
             self._attention.set_kv_scales(self._kv_scales.keys, self._kv_scales.values)
         self._sampler.allocate(
-            self._plan.config.max_num_seqs,
+            self._plan.config.max_num_seqs + 1,  # one for the padding of captured steps
             self._plan.model.vocab_size,
             max_model_len,
             self.device,
         )
+        self._graphs = self._make_graphs()
+        if self._graphs is not None:
+            self._graphs.capture_first()
 
     def close(self) -> None:
-        """Forget the steps in flight."""
+        """Forget the steps in flight, and give the memory of graphs back."""
         self._launched.clear()
         self._entries.clear()
+        self._graphs = None
 
     def _make_state(self, max_model_len: int) -> BatchState:
         return BatchState(
@@ -204,34 +213,62 @@ class TorchExecutor:
         if self.device.type != "cuda":
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             return int(total * _CPU_MEMORY_SHARE)
-        peak = self._measure_activations()
+        config = self._plan.config
+        self._attention.allocate_cache(self._cache_spec(2))
+        activations = self._measure_activations()
+        graphs = self._measure_graphs()
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        used_by_all = total - free - reusable
         sampler = self._sampler.memory_bytes(
-            self._plan.config.max_num_seqs, self._plan.model.vocab_size, self.device
+            config.max_num_seqs + 1, self._plan.model.vocab_size, self.device
         )
-        allowed = int(total * self._plan.config.gpu_memory_utilization)
-        return allowed - used_by_all - peak - sampler
+        limit = int(total * config.gpu_memory_utilization)
+        available = limit - (total - free) - activations - graphs - sampler
+        log.info(
+            "device memory",
+            limit=limit,
+            in_use=total - free,
+            activations=activations,
+            graphs=graphs,
+            sampler=sampler,
+            kv_cache=available,
+        )
+        return available
 
+    @torch.inference_mode()
     def _measure_activations(self) -> int:
         """Bytes that the largest step needs beyond the weights, by running it."""
         config = self._plan.config
         count = min(config.max_num_batched_tokens, self._plan.max_model_len)
         num_rows = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // count))
-        self._attention.allocate_cache(self._cache_spec(2))
         torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        plan = StepPlan(0, rows=list(range(num_rows)), starts=[0] * num_rows, counts=[count] * num_rows)
-        with torch.inference_mode():
-            hidden = self._forward(self._state.make_batch(plan))
-            if self._decoder.is_last:
-                self._logits(hidden[: config.max_num_seqs])
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        return peak
+        before = torch.cuda.memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        plan = StepPlan(
+            0,
+            rows=list(range(num_rows)),
+            starts=[0] * num_rows,
+            counts=[count] * num_rows,
+            samples=[False] * num_rows,
+        )
+        shape = StepShape(plan.num_tokens, num_rows, 0)
+        inputs = StepInputs(shape, self.device)
+        inputs.upload(self._state.describe(plan, shape))
+        stream = self._forward(self._state.make_batch(inputs, plan))
+        if self._decoder.is_last:
+            self._logits(stream[: config.max_num_seqs])
+        torch.cuda.synchronize(self.device)
+        # What is reserved counts, not what is allocated: gaps between tensors are lost for others.
+        return torch.cuda.max_memory_reserved(self.device) - before
+
+    def _measure_graphs(self) -> int:
+        """Bytes that all graphs will take, by capturing the largest one twice."""
+        graphs = self._make_graphs()
+        if graphs is None:
+            return 0
+        first, second = graphs.measure()
+        return first + second * (graphs.num_sizes - 1)
 
     # --- steps ---
 
@@ -258,6 +295,10 @@ class TorchExecutor:
             launched.done.synchronize()
         return _to_result(launched)
 
+    def work_idle(self) -> bool:
+        """Capture one more graph; whether there are more to capture."""
+        return self._graphs is not None and self._graphs.capture_next()
+
     def _launch(self, launched: _Launched) -> None:
         plan = launched.plan
         if plan.drawn is not None:
@@ -266,16 +307,54 @@ class TorchExecutor:
             self._entries[entry.row] = entry
             self._sampler.add(entry)
         self._state.update(plan)
-        batch = self._state.make_batch(plan)
-        hidden = self._forward(batch)
-        if self._decoder.is_last:
-            self._launch_prompt_logprobs(launched, hidden)
-            launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
-            if launched.sampling:
-                self._launch_sampling(launched, batch, hidden)
+        graph = self._find_graph(plan)
+        if graph is not None:
+            self._replay(launched, graph)
+        else:
+            self._run_eagerly(launched)
         if self.device.type == "cuda":
             launched.done = torch.cuda.Event()
             launched.done.record(torch.cuda.current_stream(self.device))
+
+    def _find_graph(self, plan: StepPlan) -> StepGraph | None:
+        if self._graphs is None or plan.num_decodes < len(plan.rows):
+            return None
+        return self._graphs.find(len(plan.rows))
+
+    def _replay(self, launched: _Launched, graph: StepGraph) -> None:
+        """Run a step in which all rows decode."""
+        plan, inputs = launched.plan, graph.inputs
+        if self._graphs is None:
+            raise RuntimeError("there are no graphs")
+        inputs.upload(self._state.describe(plan, inputs.shape))
+        num_rows = len(plan.rows)
+        launched.sampling = list(range(num_rows))
+        key = self._capture_key(plan.rows)
+        tokens = self._graphs.replay(graph, key)
+        if tokens is not None:
+            launched.tokens = self._to_host(tokens[:num_rows])
+            return
+        self._launch_sampling(launched, inputs.draws.first(num_rows), graph.stream[:num_rows])
+
+    def _capture_key(self, row_list: Sequence[int]) -> Hashable | None:
+        sampler = self._sampler
+        return sampler.capture_key(row_list) if isinstance(sampler, SupportsSamplerCapture) else None
+
+    def _run_eagerly(self, launched: _Launched) -> None:
+        plan = launched.plan
+        launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
+        shape = StepShape(plan.num_tokens, len(plan.rows), len(launched.sampling))
+        inputs = StepInputs(shape, self.device)
+        inputs.upload(self._state.describe(plan, shape))
+        stream = self._forward(self._state.make_batch(inputs, plan))
+        if not self._decoder.is_last:
+            launched.sampling = []
+            return
+        self._launch_prompt_logprobs(launched, stream)
+        if launched.sampling:
+            draws = inputs.draws
+            chosen = stream if draws.tokens is None else stream[draws.tokens]
+            self._launch_sampling(launched, draws, chosen)
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         meta = self._attention.prepare(batch)
@@ -283,29 +362,28 @@ class TorchExecutor:
         if self._pipeline is not None and not self._decoder.is_first:
             shape = (batch.num_tokens, self._plan.model.hidden_size)
             stream = self._pipeline.recv(torch.empty(shape, dtype=self.dtype, device=self.device))
-        hidden: torch.Tensor = self._decoder.forward(stream, batch.positions, meta)
+        stream = self._decoder.forward(stream, batch.positions, meta)
         if self._pipeline is not None and not self._decoder.is_last:
-            self._pipeline.send(hidden)
-        return hidden
+            self._pipeline.send(stream)
+        return stream
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, stream: torch.Tensor) -> torch.Tensor:
         """Score the whole vocabulary: [N, V], complete on the rank that samples."""
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(stream)
         if self._tensor is None:
             return logits
         stage = self._rank - self._share.tensor_rank
         shares = self._plan.shares[stage : stage + self._tensor.size]
         return self._tensor.gather(logits, [share.vocab.size for share in shares])
 
-    def _launch_sampling(self, launched: _Launched, batch: StepBatch, hidden: torch.Tensor) -> None:
-        plan, sampling = launched.plan, launched.sampling
-        row_list = [plan.rows[index] for index in sampling]
-        last = batch.query_starts[1:].long() - 1
-        rows, positions = batch.rows, batch.seq_lens.long()
-        if len(sampling) < batch.num_rows:
-            chosen = torch.tensor(sampling).to(self.device, non_blocking=True)
-            last, rows, positions = last[chosen], rows[chosen], positions[chosen]
-        logits = self._logits(hidden[last])
+    def _launch_sampling(self, launched: _Launched, draws: Draws, stream: torch.Tensor) -> None:
+        """Draw a token for each of the rows that sample.
+
+        :param stream: [N, hidden], of each row's last token.
+        """
+        rows, positions = draws.rows, draws.positions
+        row_list = [launched.plan.rows[index] for index in launched.sampling]
+        logits = self._logits(stream)
         if not self._is_sampling:
             if self._shares_tokens:
                 self._state.store(rows, positions, self._share_tokens(torch.empty_like(rows)))
@@ -317,7 +395,7 @@ class TorchExecutor:
         launched.tokens = self._to_host(sampled.tokens)
         if sampled.logprobs is not None:
             launched.logprobs = LogprobTensors(*map(self._to_host, sampled.logprobs))
-            for index, row in zip(sampling, row_list, strict=True):
+            for index, row in zip(launched.sampling, row_list, strict=True):
                 if self._entries[row].params.logprobs is not None:
                     launched.entries[index] = self._entries[row]
 
@@ -325,7 +403,7 @@ class TorchExecutor:
         """Give the drawn tokens to the ranks that will embed them."""
         return tokens if self._tensor is None else self._tensor.broadcast(tokens)
 
-    def _launch_prompt_logprobs(self, launched: _Launched, hidden: torch.Tensor) -> None:
+    def _launch_prompt_logprobs(self, launched: _Launched, stream: torch.Tensor) -> None:
         plan, offset = launched.plan, 0
         for index, (row, first) in enumerate(zip(plan.rows, plan.starts, strict=True)):
             entry, count = self._entries[row], plan.counts[index]
@@ -336,18 +414,18 @@ class TorchExecutor:
                 targets = entry.token_ids[first + 1 : last + 1]
                 if targets:
                     tensors = self._logprobs_of(
-                        hidden[offset : offset + len(targets)], targets, num_top
+                        stream[offset : offset + len(targets)], targets, num_top
                     )
                     chunk = _Chunk(index, first + 1, targets, num_top, tensors)
                     launched.prompt_logprobs.append(chunk)
             offset += count
 
-    def _logprobs_of(self, hidden: torch.Tensor, targets: list[int], num_top: int) -> LogprobTensors:
+    def _logprobs_of(self, stream: torch.Tensor, targets: list[int], num_top: int) -> LogprobTensors:
         """Report on some positions; their logits exist for a few of them at a time only."""
         token_ids = torch.tensor(targets).to(self.device, non_blocking=True)
         parts = [
             gather_logprobs(self._logits(rows), ids, num_top)
-            for rows, ids in zip(hidden.split(_LOGIT_ROWS), token_ids.split(_LOGIT_ROWS), strict=True)
+            for rows, ids in zip(stream.split(_LOGIT_ROWS), token_ids.split(_LOGIT_ROWS), strict=True)
         ]
         return LogprobTensors(
             *(self._to_host(torch.cat(columns)) for columns in zip(*parts, strict=True))
@@ -358,6 +436,55 @@ class TorchExecutor:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+    # --- graphs ---
+
+    def _make_graphs(self) -> StepGraphs | None:
+        """Prepare to capture steps, or say why not."""
+        objections = self._graph_objections()
+        if objections:
+            log.info("no CUDA graphs", because=objections)
+            return None
+        sampler = self._sampler
+        keys = sampler.capture_keys() if isinstance(sampler, SupportsSamplerCapture) else []
+        sizes = decode_sizes(self._plan.config.max_num_seqs)
+        return StepGraphs(
+            sizes,
+            self.device,
+            keys=keys,
+            run=self._run_captured,
+            score=self._logits,
+            draw=self._draw_captured,
+        )
+
+    def _graph_objections(self) -> list[str]:
+        if self.device.type != "cuda":
+            return ["the device is no GPU"]
+        objections = []
+        if self._plan.config.enforce_eager:
+            objections.append("--enforce-eager")
+        if self._plan.world_size > 1:
+            objections.append("several ranks run the model")
+        if self._plan.offloaded_layers(self._rank):
+            objections.append("some layers lie in the host's memory")
+        if not getattr(self._attention, "can_capture", False):
+            backend = self._plan.choices["attention"].name
+            objections.append(f"attention {backend} cannot be captured")
+        return objections
+
+    def _run_captured(self, inputs: StepInputs) -> torch.Tensor:
+        stream = self._forward(self._state.make_batch(inputs))
+        tokens = inputs.draws.tokens
+        return stream if tokens is None else stream[tokens]
+
+    def _draw_captured(self, inputs: StepInputs, stream: torch.Tensor, key: Hashable) -> torch.Tensor:
+        if not isinstance(self._sampler, SupportsSamplerCapture):
+            raise TypeError("this sampler cannot be captured")
+        _, rows, positions = inputs.draws
+        logits = self._logits(stream)
+        tokens = self._sampler.sample_captured(logits, SampleRows(rows, positions, ()), key)
+        self._state.store(rows, positions, tokens)
+        return tokens
 
 
 def _to_result(launched: _Launched) -> StepResult:

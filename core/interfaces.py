@@ -17,7 +17,7 @@ from core.sharding import Span
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     import anyio
     import torch
@@ -559,6 +559,36 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class SupportsSamplerCapture(Protocol):
+    """Optional: the sampler can draw within a CUDA graph.
+
+    What it decides on the host for the rows of a step is the *key* of the step.  A graph that was
+    captured with a key serves every step with that key, whatever its rows.
+    """
+
+    def capture_keys(self) -> list[Hashable]:
+        """List the keys that are worth capturing beforehand, the most frequent first."""
+
+    def capture_key(self, row_list: Sequence[int], /) -> Hashable | None:
+        """Return the key of a step that draws for these rows; `None` if it cannot be captured."""
+
+    def sample_captured(self, logits: torch.Tensor, rows: SampleRows, key: Hashable, /) -> torch.Tensor:
+        """Draw as `sample` does, on the device alone.
+
+        :param rows: with an empty `row_list`; rows beyond those of the batch are padding.
+        :return: [N] int64.
+        """
+
+
+@runtime_checkable
+class SupportsIdleWork(Protocol):
+    """Optional: an executor that can prepare itself for steps to come while there is nothing to do."""
+
+    def work_idle(self) -> bool:
+        """Do a small piece of work; whether there is more.  Never called with steps in flight."""
+
+
+@runtime_checkable
 class SupportsQuantizedKV(Protocol):
     """Optional: the backend can keep keys and values in a narrower dtype than it computes with."""
 
@@ -574,10 +604,93 @@ class SupportsQuantizedKV(Protocol):
 
 @runtime_checkable
 class SupportsCudaGraph(Protocol):
-    """Optional: the backend's `forward` can be captured, whatever the lengths at replay."""
+    """Optional: the backend's `prepare` and `forward` can be captured in a CUDA graph.
 
-    def graph_buffers(self, max_tokens: int, /) -> Any:
-        """Allocate the static buffers that `prepare` fills for a captured step."""
+    Both then only launch work on the device, whose extent depends on `num_tokens`, `num_rows` and on
+    whether `num_decodes` is `num_rows`; never on `starts` and `counts`, which are empty in a captured
+    step.  Rows whose length is 0 are padding, and so are tokens behind those of the last row: their
+    slots lie in the null block, and what is computed for them does not matter.
+    """
+
+    can_capture: bool
+    """Whether that holds for the cache that has been allocated."""
+
+
+@runtime_checkable
+class SupportsRotary(Protocol):
+    """Optional: the backend rotates queries and keys where it reads and stores them anyway."""
+
+    def rotary_objections(self, spec: AttentionSpec, rotary_dim: int, /) -> list[str]:
+        """Every reason why it cannot do so for a layer; empty if it can."""
+
+    def forward_rotary(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        spec: AttentionSpec,
+        meta: Any,
+        /,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, store keys and values, then attend: `forward` after the rotation.
+
+        :param qkv: [T, (H + 2 G) · D], contiguous; may be overwritten.
+        :param cos: [L, R / 2] in qkv's dtype, by position; the two halves of the first R dimensions of
+            a head form the pairs, the others pass through.
+        :param sin: as `cos`.
+        :return: [T, H · D] in qkv's dtype.
+        """
+
+
+# Fused forms of linear layers.  They are optional methods of the modules that `make_linear` returns;
+# where they round differs from the plain forms, what they compute does not.
+
+
+@runtime_checkable
+class SupportsNorm(Protocol):
+    """Optional: a linear layer that normalizes its input itself."""
+
+    def norm_objections(self, style: str, /) -> list[str]:
+        """Every reason why it cannot, for a style of `core.model.spec.NormStyle`; empty if it can."""
+
+    def forward_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor:
+        """Apply to norm(x), with norm(x) = weight · x / rms(x).
+
+        :param x: [T, in_features]; left as it is.
+        :param weight: [in_features].
+        :return: [T, out_features].
+        """
+
+
+@runtime_checkable
+class SupportsGate(Protocol):
+    """Optional: a gate_up layer that normalizes its input and applies activation and gate itself."""
+
+    def gate_objections(self, style: str, activation: str, /) -> list[str]:
+        """Every reason why it cannot, for a norm style and an activation of `core.model.spec`."""
+
+    def forward_gate(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor:
+        """Compute activation(gate) · up, where [gate, up] is this layer applied to norm(x).
+
+        :param x: [T, in_features]; left as it is.
+        :param weight: [in_features], of the norm.
+        :return: [T, out_features / 2].
+        """
+
+
+@runtime_checkable
+class SupportsResidual(Protocol):
+    """Optional: a linear layer that adds its result to the stream itself."""
+
+    def residual_objections(self) -> list[str]:
+        """Every reason why it cannot; empty if it can."""
+
+    def forward_residual(self, x: torch.Tensor, residual: torch.Tensor, /) -> torch.Tensor:
+        """Return residual + the layer applied to x.
+
+        :param x: [T, in_features].
+        :param residual: [T, out_features]; may be overwritten with the result.
+        """
 
 
 def missing_members(candidate: object, protocol: type) -> list[str]:

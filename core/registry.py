@@ -97,6 +97,10 @@ class QuantizerEntry(Descriptor):
 
     methods: tuple[str, ...] = ()
     """Values of `quantization_config.quant_method` that it reads."""
+    serves_plain: bool = False
+    """Whether it serves checkpoints that are not quantized, unless another quantizer is asked for."""
+    priority: int = 0
+    """Among those that serve plain checkpoints the supporting one with the highest priority is taken."""
     can_convert: bool = False
     """Whether `--quantization NAME` may be asked of a checkpoint that is not quantized."""
     weight_bits: Callable[[Requirements], float | None] = _no_bits

@@ -22,7 +22,7 @@ from core.counter_rng import exponentials
 from core.step import BAD_LOGITS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from core.request import SamplingParams
     from core.step import RowEntry
@@ -61,6 +61,10 @@ class Stage(enum.IntFlag):
     LOGPROBS = enum.auto()
 
 
+_CAPTURED_STAGES: Final = Stage.RANDOM | Stage.MIN_P | Stage.TOP_K | Stage.TOP_P
+"""Those whose parameters lie in tables that never move."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRows:
     """The N rows of a step that draw a token."""
@@ -70,7 +74,7 @@ class SampleRows:
     positions: torch.Tensor
     """[N] int64, of the token being drawn: the number of tokens before it."""
     row_list: Sequence[int]
-    """`rows` once more, on the host."""
+    """`rows` once more, on the host; empty in a step that is being captured."""
 
     def part(self, part: slice) -> SampleRows:
         """Select some of the N."""
@@ -274,14 +278,41 @@ class TorchSampler:
         """
         num_top = self.state.num_logprobs(rows.row_list)
         parts = [
-            self._sample_part(logits[part].float(), rows.part(part), num_top) for part in _parts(logits)
+            self._sample_part(
+                logits[part].float(),
+                rows.part(part),
+                self.state.stages(rows.row_list[part]),
+                num_top,
+            )
+            for part in _parts(logits)
         ]
         tokens = torch.cat([sampled.tokens for sampled in parts])
         logprobs = [sampled.logprobs for sampled in parts if sampled.logprobs is not None]
         return Sampled(tokens, _concatenate(logprobs) if logprobs else None)
 
-    def _sample_part(self, raw: torch.Tensor, rows: SampleRows, num_top: int) -> Sampled:
-        stages = self.state.stages(rows.row_list)
+    def capture_keys(self) -> list[Hashable]:
+        """List the keys that are worth capturing beforehand: greedy rows, then any random ones."""
+        return [Stage(0), Stage.RANDOM]
+
+    def capture_key(self, row_list: Sequence[int], /) -> Hashable | None:
+        """Return the stages that these rows want, if none of them reads state that may move."""
+        stages = self.state.stages(row_list)
+        return None if stages & ~_CAPTURED_STAGES else stages
+
+    def sample_captured(self, logits: torch.Tensor, rows: SampleRows, key: Hashable, /) -> torch.Tensor:
+        """Draw as `sample` does for rows with that key.
+
+        :raises TypeError: this is no key of `capture_key`.
+        """
+        if not isinstance(key, Stage):
+            raise TypeError(f"{key!r} is no Stage")
+        parts = [
+            self._sample_part(logits[part].float(), rows.part(part), key, -1).tokens
+            for part in _parts(logits)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _sample_part(self, raw: torch.Tensor, rows: SampleRows, stages: Stage, num_top: int) -> Sampled:
         params = self.state.params(rows.rows)
         logits = self._shape(raw, rows, params, stages)
         best, tokens = logits.max(dim=-1, keepdim=True)

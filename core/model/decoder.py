@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from core.interfaces import SupportsNorm
 from core.model.layers import (
     Build,
     DecoderLayer,
@@ -25,10 +26,11 @@ from core.model.layers import (
 )
 from core.model.linear import PlainScheme
 from core.model.rope import RotaryTable
+from core.model.slots import compose_layer
 from core.sharding import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from core.interfaces import AttentionBackend, LinearSpec, QuantScheme, TensorParallel
     from core.model.layer_store import LayerStore
@@ -38,30 +40,6 @@ if TYPE_CHECKING:
 
 EMBEDDING: Final = "model.embed_tokens"
 HEAD: Final = "lm_head"
-
-
-class LayerSlots(NamedTuple):
-    """The five callables of one layer, filled once.
-
-    `stream` is opaque to the loop: plain slots pass a tensor [T, hidden], a chain of fused slots may
-    pass more, if all its members agree.
-    """
-
-    qkv: Callable[[Any], Any]
-    """(stream) -> what `attend` takes."""
-    attend: Callable[[Any, StepContext], Any]
-    """(qkv, context) -> what `out` takes."""
-    out: Callable[[Any, Any], Any]
-    """(attended, stream) -> stream."""
-    up: Callable[[Any], Any]
-    """(stream) -> what `down` takes."""
-    down: Callable[[Any, Any], Any]
-    """(inner, stream) -> stream."""
-
-
-def compose_layer(layer: DecoderLayer) -> LayerSlots:
-    """Fill the slots with their plain forms."""
-    return LayerSlots(layer.qkv, layer.attend, layer.out, layer.up, layer.down)
 
 
 class PlainWeight(NamedTuple):
@@ -116,7 +94,12 @@ class Decoder(nn.Module):
         self.lm_head = self._head_scheme.make_linear(self.head_split.local) if has_head else None
         self._build = build
         self.limit_length(max_len)
-        self.slots = [compose_layer(layer) for layer in self._layers()]
+        composed = [compose_layer(layer, build) for layer in self._layers()]
+        self.slots = [slots for slots, _ in composed]
+        self.forms = composed[0][1] if composed else ()
+        """How the slots of the first layer were filled; the others are like it."""
+        # Tables need not be looked up by position where all attention rotates for itself.
+        self._rotates = any(not form.is_fused for _, forms in composed for form in forms[1:2])
 
     def limit_length(self, max_len: int) -> None:
         """Make the rotary tables for sequences of up to `max_len` tokens; some kinds depend on it."""
@@ -132,33 +115,47 @@ class Decoder(nn.Module):
         :param stream: [T] int64 token ids for the first layer, else [T, hidden] of the layer before.
         :param positions: [T] int64, each within its sequence.
         :param meta: what the attention's `prepare` returned for this step.
-        :return: [T, hidden], after the last norm if this rank runs the last layer.
+        :return: [T, hidden], before the last norm.
         """
-        rotations = {key: table.cos_sin(positions) for key, table in self.rotary.items()}
-        context = StepContext(positions, rotations, meta)
+        rotations = (
+            {key: table.cos_sin(positions) for key, table in self.rotary.items()}
+            if self._rotates
+            else {}
+        )
+        context = StepContext(positions, rotations, self.rotary, meta)
         if self.embedding is not None:
             stream = self.embedding(stream)
         for qkv, attend, out, up, down in self.slots:
             stream = out(attend(qkv(stream), context), stream)
             stream = down(up(stream), stream)
-        return stream if self.norm is None else self.norm(stream)
+        return stream
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Score this rank's part of the vocabulary; for a rank that runs the last layer.
+    def logits(self, stream: torch.Tensor) -> torch.Tensor:
+        """Normalize and score this rank's part of the vocabulary; if it runs the last layer.
 
-        :param hidden: [N, hidden].
-        :return: [N, vocab] float32, or float64 of a float64 model.
+        :param stream: [N, hidden], some rows of what `forward` returned.
+        :return: [N, vocab] in the model's dtype, or float32 if that is narrower and there is a softcap.
         """
-        if self.lm_head is not None:
-            logits = self.lm_head(hidden)
-        elif self.embedding is not None:
-            logits = functional.linear(hidden, self.embedding.weight)
-        else:
-            raise RuntimeError("this rank runs no last layer")
-        if self.dtype != torch.float64:
-            logits = logits.float()
+        logits = self._score(stream)
         cap = self.spec.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is None:
+            return logits
+        wide = logits.to(torch.promote_types(self.dtype, torch.float32))
+        return cap * torch.tanh(wide / cap)
+
+    def _score(self, stream: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        head: object = self.lm_head
+        if norm is None:
+            raise RuntimeError("this rank runs no last layer")
+        if isinstance(head, SupportsNorm) and not head.norm_objections(norm.style):
+            return head.forward_norm(stream, norm.weight, norm.eps)
+        if self.lm_head is not None:
+            logits: torch.Tensor = self.lm_head(norm(stream))
+            return logits
+        if self.embedding is None:
+            raise RuntimeError("the tied head is on another rank")
+        return functional.linear(norm(stream), self.embedding.weight)
 
     # --- for those who fill it ---
 
@@ -183,7 +180,7 @@ class Decoder(nn.Module):
             made = DecoderLayer(self._build, layer.index)
             self.layers[position] = made
             yield self._layer_section(made)
-            self.slots[position] = self._store.take(made, compose_layer(made))
+            self.slots[position] = self._store.take(made, compose_layer(made, self._build)[0])
         yield self._last_section()
         if self._store is not None:
             self._store.settle()

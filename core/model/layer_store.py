@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from core.model.decoder import LayerSlots
     from core.model.layers import DecoderLayer
+    from core.model.slots import LayerSlots
 
 _ALIGNMENT: Final = 256
 """Bytes at whose multiples tensors begin, as in memory from torch's own allocator."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from core.interfaces import AttentionBackend, QuantScheme, TensorParallel
+    from core.model.rope import RotaryTable
     from core.model.spec import Activation, ModelSpec, NormStyle
 
 ACTIVATIONS: Final[Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -35,7 +36,9 @@ class StepContext(NamedTuple):
     positions: torch.Tensor
     """[T] int64."""
     rotations: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """Cosine and sine of the positions, by key of `ModelSpec.ropes`."""
+    """Cosine and sine of the positions, by key of `ModelSpec.ropes`; empty if no slot needs them."""
+    tables: dict[str, RotaryTable]
+    """Of all positions, by the same keys."""
     meta: Any
     """What the attention backend prepared."""
 
@@ -139,7 +142,7 @@ class DecoderLayer(nn.Module):
         self._head_counts = [share.heads.size, share.kv_heads.size, share.kv_heads.size]
         self._head_dim = spec.head_dim
         self._all_reduce = build.all_reduce()
-        self._rope = spec.layers[index].rope
+        self.rope = spec.layers[index].rope
         self._activation = ACTIVATIONS[spec.activation]
         self._attention_forward = build.attention.forward
         self.attention_spec = make_attention_spec(spec, share, index)
@@ -177,7 +180,7 @@ class DecoderLayer(nn.Module):
         """Rotary embedding, KV write and attention: [T, (H + 2 G) · D] -> [T, H · D]."""
         heads = qkv.view(len(qkv), sum(self._head_counts), self._head_dim)
         q, k, v = torch.split(heads, self._head_counts, dim=1)
-        q, k = apply_rotary(self.q_norm(q), self.k_norm(k), *context.rotations[self._rope])
+        q, k = apply_rotary(self.q_norm(q), self.k_norm(k), *context.rotations[self.rope])
         attended = self._attention_forward(q, k, v, self.attention_spec, context.meta)
         return attended.flatten(1)
 

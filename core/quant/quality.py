@@ -58,7 +58,7 @@ class QualityProbe:
             hidden = [stream[:, first - 1 : -1].flatten(0, 1).to(device) for stream in pair]
             rows = zip(flat.split(ROWS_AT_ONCE), *(h.split(ROWS_AT_ONCE) for h in hidden), strict=True)
             for some, before, after in rows:
-                logits = (last.logits(before), last.logits(after))
+                logits = (last.logits(before).float(), last.logits(after).float())
                 for index, scores in enumerate(logits):
                     losses[index] += float(functional.cross_entropy(scores, some, reduction="sum"))
                 num_agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from core.errors import CapacityError
-from core.model.decoder import LayerSlots, make_decoder
+from core.model.decoder import make_decoder
+from core.model.slots import LayerSlots
 from core.model.families import load_hf_config, read_model
 from core.model.layer_store import LayerStore
 from core.model.linear import PlainScheme

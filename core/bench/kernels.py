@@ -1,0 +1,432 @@
+"""`python -m core bench kernels`: where the time of a step goes on a GPU, and what a better kernel could win.
+
+A step is run as the engine runs it, graphs included, and profiled with CUPTI.  Bytes and multiplications
+are known from the model, not measured: each step has to read every matrix once, and decoding every cached
+key and value once.  They are put beside what this very card does with a large copy and a large product.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from core.assemble import build_engine, resolve
+from core.bench.ceilings import measure_ceilings
+from core.bench.offline import adapt_to_batch, finish_preparing
+from core.bench.trace import KernelTotal, add_up, busy_time, read_spans
+from core.bench.workloads import VOCAB_SIZE, uniform
+from core.errors import ConfigError, CytheraError
+from core.messages import Finish, Submit
+from core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from core.bench.ceilings import Ceilings
+    from core.config import EngineConfig
+    from core.engine import EngineCore
+    from core.messages import OutputBatch
+    from core.plan import Plan
+
+ATTENTION_KERNELS: Final = r"attn|attention|flash|fmha|mha_|^decode|^prefill"
+LINEAR_KERNELS: Final = (
+    r"gemm|gemv|nvjet|matmul|linear|cutlass|cublas|splitk|^vector_kernel|marlin|_mm_"
+)
+"""Names of kernels of the built-in plugins and of the libraries that they call."""
+NUM_WARM_STEPS: Final = 8
+MAX_ROWS: Final = 24
+"""Kernels that a table shows; the others are in the file of results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOptions:
+    """Which steps are run."""
+
+    batch_sizes: tuple[int, ...] = (1, 64)
+    context_len: int = 512
+    prefill_len: int = 2048
+    """Tokens of the prompt of a prefill step; 0: none is run."""
+    num_steps: int = 20
+    attention_kernels: str = ATTENTION_KERNELS
+    linear_kernels: str = LINEAR_KERNELS
+
+    def check(self) -> None:
+        """Raise unless they can be run.
+
+        :raises ConfigError: a number is too small, or an expression is none.
+        """
+        least = {"context_len": 1, "prefill_len": 0, "num_steps": 1}
+        for name, limit in least.items():
+            if (value := getattr(self, name)) < limit:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+        for name in ("attention_kernels", "linear_kernels"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ConfigError(f"--{name.replace('_', '-')} is no expression: {error}") from error
+
+
+# --- what a step has to do -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes that one kind of kernel must move in a step, and operations that it must do."""
+
+    num_bytes: float
+    num_flops: float
+
+
+def linear_work(plan: Plan, num_tokens: int, num_sampled: int) -> Work:
+    """Count what the matrices of all layers and the head cost.
+
+    :param num_tokens: of the step.
+    :param num_sampled: rows that draw a token.
+    """
+    model = plan.model
+    head = model.vocab_size * model.hidden_size
+    item = _item_size(plan.dtype)
+    num_bytes = plan.layer_bytes * model.num_layers + head * item
+    num_flops = 2 * (model.num_linear_parameters() * num_tokens + head * num_sampled)
+    return Work(num_bytes, num_flops)
+
+
+def attention_work(plan: Plan, spans: Iterable[tuple[int, int]]) -> Work:
+    """Count what attention costs.
+
+    :param spans: first position and length of what each sequence computes in the step.
+    """
+    model = plan.model
+    per_layer = plan.kv_bytes_per_token / model.num_layers
+    num_bytes = num_flops = 0.0
+    for start, count in spans:
+        for layer in model.layers:
+            limit = layer.window or start + count
+            num_bytes += per_layer * min(start + count, limit + count - 1)
+            num_pairs = sum(min(position + 1, limit) for position in range(start, start + count))
+            num_flops += 4.0 * model.num_heads * model.head_dim * num_pairs
+    return Work(num_bytes, num_flops)
+
+
+def _item_size(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)
+
+
+# --- figures ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All kernels of one kind, and what they had to do per step."""
+
+    name: str
+    microseconds: float
+    """Per step."""
+    work: Work
+
+    def to_dict(self, ceilings: Ceilings) -> dict[str, Any]:
+        """Plain data: rates, and shares of what the card can do."""
+        seconds = self.microseconds / 1e6
+        rates = (
+            (self.work.num_bytes / seconds, self.work.num_flops / seconds) if seconds else (0.0, 0.0)
+        )
+        return {
+            "name": self.name,
+            "us_per_step": self.microseconds,
+            "bytes": self.work.num_bytes,
+            "flops": self.work.num_flops,
+            "bytes_per_second": rates[0],
+            "flops_per_second": rates[1],
+            "share_of_bandwidth": rates[0] / ceilings.bytes_per_second,
+            "share_of_flops": rates[1] / ceilings.flops,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """Steps of one shape."""
+
+    what: str
+    num_steps: int
+    wall_us: float
+    """Per step, without the profiler."""
+    kernels: list[KernelTotal]
+    """Of all profiled steps together, the longest first."""
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def busy_us(self) -> float:
+        """µs per step in which the GPU did something."""
+        return busy_time(self.kernels) / self.num_steps
+
+    @property
+    def idle_us(self) -> float:
+        """µs per step in which it did nothing."""
+        return max(0.0, self.wall_us - self.busy_us)
+
+    def to_dict(self, ceilings: Ceilings) -> dict[str, Any]:
+        """Plain data for a file of results."""
+        return {
+            "step": self.what,
+            "num_steps": self.num_steps,
+            "wall_us": self.wall_us,
+            "busy_us": self.busy_us,
+            "idle_us": self.idle_us,
+            "groups": [group.to_dict(ceilings) for group in self.groups],
+            "kernels": [
+                {
+                    "name": kernel.name,
+                    "per_step": kernel.count / self.num_steps,
+                    "us_per_step": kernel.microseconds / self.num_steps,
+                }
+                for kernel in self.kernels
+            ],
+        }
+
+
+def make_groups(
+    options: KernelOptions,
+    kernels: Sequence[KernelTotal],
+    num_steps: int,
+    linear: Work,
+    attention: Work,
+) -> list[Group]:
+    """Put each kernel into the group that its name tells; attention first, which also multiplies."""
+    times = {"attention": 0.0, "linear": 0.0, "other": 0.0}
+    for kernel in kernels:
+        if re.search(options.attention_kernels, kernel.name, re.IGNORECASE):
+            name = "attention"
+        elif re.search(options.linear_kernels, kernel.name, re.IGNORECASE):
+            name = "linear"
+        else:
+            name = "other"
+        times[name] += kernel.microseconds / num_steps
+    works = {"attention": attention, "linear": linear, "other": Work(0, 0)}
+    return [Group(name, times[name], works[name]) for name in ("linear", "attention", "other")]
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def measure(
+    config: EngineConfig, options: KernelOptions, *, trace: Path | None = None
+) -> tuple[Ceilings, list[StepProfile]]:
+    """Profile decode steps of each batch size, then a prefill step.
+
+    :param trace: folder that gets the traces themselves, for a viewer.
+    :raises CytheraError: there is no GPU, or the engine does not run on one alone.
+    """
+    options.check()
+    if not torch.cuda.is_available():
+        raise CytheraError(
+            "bench kernels looks at what runs on a GPU, and torch finds none here; bench latency "
+            "measures on any device"
+        )
+    assembly = resolve(adapt_to_batch(config, max(options.batch_sizes)))
+    plan = assembly.plan
+    if not plan.device.startswith("cuda") or plan.world_size > 1:
+        raise ConfigError(
+            f"bench kernels profiles one GPU in its own process, but this plan has {plan.world_size} "
+            f"ranks on {plan.device}; use --device cuda, and no tensor or pipeline parallelism"
+        )
+    ceilings = measure_ceilings(torch.device(plan.device))
+    outputs = _Outputs()
+    engine = build_engine(assembly, outputs.take)
+    try:
+        finish_preparing(engine)
+        bench = _StepBench(engine, plan, outputs, options, trace)
+        profiles = [bench.profile_decode(size) for size in options.batch_sizes]
+        if options.prefill_len:
+            profiles.append(bench.profile_prefill())
+    finally:
+        engine.close()
+    return ceilings, profiles
+
+
+class _Outputs:
+    """Receives what an engine gives, and remembers who has got a token."""
+
+    def __init__(self) -> None:
+        self.started: set[str] = set()
+        self.errors: list[str] = []
+
+    def take(self, batch: OutputBatch) -> None:
+        self.started.update(batch.request_ids)
+        self.errors += [ended.error for ended in batch.ended if ended.error]
+
+    def check(self) -> None:
+        if self.errors:
+            raise CytheraError(f"a request of the benchmark failed: {self.errors[0]}")
+
+
+class _StepBench:
+    """Brings an engine into a steady state and looks at its steps."""
+
+    def __init__(
+        self,
+        engine: EngineCore,
+        plan: Plan,
+        outputs: _Outputs,
+        options: KernelOptions,
+        trace: Path | None,
+    ) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._outputs = outputs
+        self._options = options
+        self._trace = trace
+        self._num_requests = 0
+
+    def profile_decode(self, batch_size: int) -> StepProfile:
+        options = self._options
+        # Each of two runs takes these steps, and at most one more is in flight behind it.
+        num_tokens = NUM_WARM_STEPS + 2 * (options.num_steps + 2) + 8
+        ids = self._submit(batch_size, options.context_len, num_tokens)
+        while not self._outputs.started.issuperset(ids):
+            self._step()
+        for _ in range(NUM_WARM_STEPS):
+            self._step()
+        what = f"decode, batch {batch_size}, context {options.context_len}"
+        wall, kernels = self._time_and_profile(what, self._step)
+        for request_id in ids:
+            self._engine.send(Finish(request_id))
+        self._drain()
+        middle = options.context_len + NUM_WARM_STEPS + options.num_steps
+        linear = linear_work(self._plan, batch_size, batch_size)
+        attention = attention_work(self._plan, [(middle, 1)] * batch_size)
+        groups = make_groups(options, kernels, options.num_steps, linear, attention)
+        return StepProfile(what, options.num_steps, wall, kernels, groups)
+
+    def profile_prefill(self) -> StepProfile:
+        options, config = self._options, self._plan.config
+        length = min(options.prefill_len, config.max_num_batched_tokens, self._plan.max_model_len - 1)
+
+        def run() -> None:
+            self._submit(1, length, 1)
+            self._drain()
+
+        for _ in range(3):
+            run()
+        what = f"prefill, 1 prompt of {length} tokens"
+        wall, kernels = self._time_and_profile(what, run)
+        linear = linear_work(self._plan, length, 1)
+        attention = attention_work(self._plan, [(0, length)])
+        groups = make_groups(options, kernels, options.num_steps, linear, attention)
+        return StepProfile(what, options.num_steps, wall, kernels, groups)
+
+    def _time_and_profile(self, what: str, run: Any) -> tuple[float, list[KernelTotal]]:
+        """Run steps twice: once by the clock, since profiling slows the host, and once profiled.
+
+        :return: µs per step, and the kernels of all profiled steps.
+        """
+        num_steps = self._options.num_steps
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(num_steps):
+            run()
+        torch.cuda.synchronize()
+        wall = (time.perf_counter() - begin) / num_steps * 1e6
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(num_steps):
+                run()
+            torch.cuda.synchronize()
+        self._outputs.check()
+        kernels = add_up(read_spans(self._export(profiler, what)))
+        if not kernels:
+            raise CytheraError(
+                "the profiler has seen no kernel; another one may hold the counters (CUPTI)"
+            )
+        return wall, kernels
+
+    def _export(self, profiler: torch.profiler.profile, what: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as own:
+            folder = self._trace or Path(own)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / (re.sub(r"\W+", "-", what) + ".json")
+            profiler.export_chrome_trace(str(file))
+            trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return trace
+
+    def _submit(self, count: int, input_len: int, output_len: int) -> list[str]:
+        self._num_requests += count
+        vocab_size = min(VOCAB_SIZE, self._plan.model.vocab_size)
+        requests = uniform(count, input_len, output_len, vocab_size=vocab_size)
+        ids = [f"bench-{self._num_requests}-{index}" for index in range(count)]
+        params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+        for index, (request_id, request) in enumerate(zip(ids, requests, strict=True)):
+            prompt = [int(token) for token in request.prompt]
+            self._engine.send(Submit(request_id, prompt, params, output_len, [], index))
+        return ids
+
+    def _step(self) -> None:
+        self._engine.step()
+        self._outputs.check()
+
+    def _drain(self) -> None:
+        while self._engine.has_work:
+            self._engine.step()
+        self._outputs.check()
+
+
+# --- output ----------------------------------------------------------------------------------------
+
+
+def to_dict(
+    options: KernelOptions, ceilings: Ceilings, profiles: Sequence[StepProfile]
+) -> dict[str, Any]:
+    """Plain data for a file of results."""
+    return {
+        "options": asdict(options),
+        "ceilings": asdict(ceilings),
+        "steps": [profile.to_dict(ceilings) for profile in profiles],
+    }
+
+
+def report(ceilings: Ceilings, profiles: Sequence[StepProfile]) -> str:
+    """Format a table for each step, with what the card can do above them."""
+    return "\n".join(_lines(ceilings, profiles))
+
+
+def _lines(ceilings: Ceilings, profiles: Sequence[StepProfile]) -> Iterator[str]:
+    yield (
+        f"{ceilings.name}: read {ceilings.read_bytes_per_second / 1e12:.2f} TB/s, "
+        f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
+        f"bf16 product {ceilings.flops / 1e12:.0f} TFLOP/s"
+    )
+    for profile in profiles:
+        yield ""
+        yield f"{profile.what}: {profile.wall_us:.1f} µs a step, mean of {profile.num_steps}"
+        yield f"  {'kernel':<56} {'per step':>9} {'µs':>9} {'share':>6}"
+        for kernel in profile.kernels[:MAX_ROWS]:
+            microseconds = kernel.microseconds / profile.num_steps
+            count = kernel.count / profile.num_steps
+            yield _row(kernel.name, f"{count:.4g}", microseconds, profile.wall_us)
+        rest = profile.kernels[MAX_ROWS:]
+        if rest:
+            microseconds = busy_time(rest) / profile.num_steps
+            yield _row(f"({len(rest)} more)", "", microseconds, profile.wall_us)
+        yield _row("(idle)", "", profile.idle_us, profile.wall_us)
+        for group in profile.groups:
+            yield _group_line(group, ceilings, profile.wall_us)
+
+
+def _row(name: str, count: str, microseconds: float, wall: float) -> str:
+    return f"  {name:<56} {count:>9} {microseconds:>9.1f} {microseconds / wall:>6.1%}"
+
+
+def _group_line(group: Group, ceilings: Ceilings, wall: float) -> str:
+    start = f"  {group.name:<10} {group.microseconds:>9.1f} µs {group.microseconds / wall:>6.1%}"
+    if not group.work.num_bytes or not group.microseconds:
+        return start
+    figures = group.to_dict(ceilings)
+    return (
+        f"{start}  {figures['bytes_per_second'] / 1e12:.2f} TB/s ({figures['share_of_bandwidth']:.0%}), "
+        f"{figures['flops_per_second'] / 1e12:.1f} TFLOP/s ({figures['share_of_flops']:.0%})"
+    )

@@ -1,0 +1,139 @@
+"""Sizes of tiles and grids, chosen for a card and a cache.
+
+The numbers for Hopper were measured on an H200; elsewhere they are scaled down until they fit into
+shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+STAGE_BYTES: Final = 32 << 10
+"""Keys and values of one tile of a decode: as much as keeps the memory busy with two programs on a
+multiprocessor, each of which has a few tiles on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What limits the kernels."""
+
+    num_sms: int
+    capability: tuple[int, int]
+    shared_bytes: int
+    """Of one multiprocessor, as far as one program may use it."""
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether there are instructions that convert E4M3."""
+        return self.capability >= (8, 9)
+
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a kernel may start before the one in front of it has ended."""
+        return self.capability >= (9, 0)
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether whole tiles are copied by the tensor memory accelerator."""
+        return self.capability >= (9, 0)
+
+
+NO_CARD: Final = Card(num_sms=3, capability=(0, 0), shared_bytes=96 << 10)
+"""Triton's interpreter: few programs, as they run one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTuning:
+    """How decodes are cut."""
+
+    block_n: int
+    """Keys of a tile."""
+    num_ctas: int
+    """Programs of the grid."""
+    min_tiles: int
+    """Below so many tiles no program takes a part: adding parts up costs time too."""
+    num_warps: int
+    num_stages: int
+    is_fused: bool
+    """Whether the decode kernel itself rotates, and stores the newest key and value, where it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTuning:
+    """How prompts are cut."""
+
+    block_m: int
+    """Queries times query heads of a key-value head."""
+    block_n: int
+    num_warps: int
+    num_stages: int
+    has_boxes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Of all kernels."""
+
+    decode: DecodeTuning
+    prefill: PrefillTuning
+
+
+def describe_card(device: torch.device) -> Card:
+    """Ask the driver; what is not CUDA is Triton's interpreter."""
+    if device.type != "cuda":
+        return NO_CARD
+    properties = torch.cuda.get_device_properties(device)
+    return Card(
+        num_sms=properties.multi_processor_count,
+        capability=(properties.major, properties.minor),
+        shared_bytes=properties.shared_memory_per_block_optin,
+    )
+
+
+def choose_tuning(card: Card, head_dim: int, block_size: int, kv_itemsize: int) -> Tuning:
+    """Choose for a cache.
+
+    :param head_dim: padded to a power of two.
+    :param kv_itemsize: bytes of a number of the cache.
+    """
+    return Tuning(
+        _choose_decode(card, 2 * head_dim * kv_itemsize, block_size),
+        _choose_prefill(card, head_dim, block_size, kv_itemsize),
+    )
+
+
+def _choose_decode(card: Card, key_bytes: int, block_size: int) -> DecodeTuning:
+    block_n = max(16, min(64, STAGE_BYTES // key_bytes))
+    num_stages, per_sm = 3, 2
+    while num_stages > 2 and per_sm * num_stages * block_n * key_bytes > card.shared_bytes:
+        num_stages -= 1
+    while per_sm > 1 and per_sm * num_stages * block_n * key_bytes > card.shared_bytes:
+        per_sm -= 1
+    return DecodeTuning(
+        block_n=min(block_n, block_size) if block_size >= 32 else block_n,
+        num_ctas=per_sm * card.num_sms,
+        min_tiles=1,
+        num_warps=4,
+        num_stages=num_stages,
+        is_fused=True,
+    )
+
+
+def _choose_prefill(card: Card, head_dim: int, block_size: int, kv_itemsize: int) -> PrefillTuning:
+    itemsize = max(kv_itemsize, 2)  # of the model, unless that is float32 over a cache of FP8
+    block_m = 128 if card.capability >= (9, 0) and itemsize == 2 else 64
+    block_n = max(16, min(64, STAGE_BYTES // (head_dim * itemsize)))
+    queries = block_m * head_dim * itemsize
+    num_stages = 3
+    while num_stages > 1 and queries + num_stages * 2 * block_n * head_dim * kv_itemsize > card.shared_bytes:
+        num_stages -= 1
+    return PrefillTuning(
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=num_stages,
+        has_boxes=card.has_boxes and block_n <= block_size and kv_itemsize == 2,
+    )

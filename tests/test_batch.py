@@ -1,0 +1,140 @@
+"""Steps as the device sees them: what a plan says, gathered from persistent rows, with padding."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.batch import BatchState, StepInputs, StepShape
+from core.graphs import NUM_BEFORE_READY, _in_order_of_need, decode_sizes
+from core.request import SamplingParams
+from core.step import BlockAppend, RowEntry, StepPlan
+
+BLOCK = 4
+MAX_LEN = 24
+NUM_ROWS = 6
+CPU = torch.device("cpu")
+
+
+@st.composite
+def steps(draw, *, decode_only=False):
+    """Rows with tokens and blocks, and a step over some of them."""
+    rows = draw(st.permutations(range(NUM_ROWS)))[: draw(st.integers(1, NUM_ROWS))]
+    known = [draw(st.integers(1, MAX_LEN)) for _ in rows]
+    plan = StepPlan(0)
+    ids = iter(draw(st.permutations(range(1, 1 + NUM_ROWS * MAX_LEN // BLOCK))))
+    counts = []
+    for row, length in zip(rows, known, strict=True):
+        tokens = [draw(st.integers(0, 99)) for _ in range(length)]
+        plan.added.append(RowEntry(row, f"r{row}", tokens, length, SamplingParams(), 0, []))
+        plan.appended.append(BlockAppend(row, 0, [next(ids) for _ in range(-(-length // BLOCK))]))
+        counts.append(1 if decode_only else draw(st.integers(1, length)))
+    order = sorted(range(len(rows)), key=lambda index: counts[index] > 1)
+    plan.rows = [rows[i] for i in order]
+    plan.counts = [counts[i] for i in order]
+    plan.starts = [known[i] - counts[i] for i in order]
+    plan.samples = [counts[i] == 1 or draw(st.booleans()) for i in order]
+    plan.num_decodes = sum(count == 1 for count in plan.counts)
+    return plan
+
+
+def gather(plan, shape, *, is_captured):
+    state = BatchState(NUM_ROWS, MAX_LEN, BLOCK, CPU)
+    state.update(plan)
+    inputs = StepInputs(shape, CPU)
+    inputs.upload(state.describe(plan, shape))
+    return state, inputs, state.make_batch(inputs, None if is_captured else plan)
+
+
+def exact_shape(plan):
+    return StepShape(plan.num_tokens, len(plan.rows), sum(plan.samples))
+
+
+@given(steps())
+def test_a_step_is_what_its_plan_says(plan):
+    _, inputs, batch = gather(plan, exact_shape(plan), is_captured=False)
+    entries = {entry.row: entry for entry in plan.added}
+    tables = {append.row: append.block_ids for append in plan.appended}
+    tokens, positions, slots = [], [], []
+    for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        tokens += entries[row].token_ids[start : start + count]
+        positions += range(start, start + count)
+        slots += [tables[row][p // BLOCK] * BLOCK + p % BLOCK for p in range(start, start + count)]
+    assert batch.token_ids.tolist() == tokens
+    assert batch.positions.tolist() == positions
+    assert batch.slots.tolist() == slots
+    assert batch.rows.tolist() == plan.rows
+    ends = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
+    assert batch.seq_lens.tolist() == ends
+    starts = [sum(plan.counts[:i]) for i in range(len(plan.rows) + 1)]
+    assert batch.query_starts.tolist() == starts
+    assert batch.query_starts.dtype == batch.seq_lens.dtype == batch.block_tables.dtype == torch.int32
+    for row, table in zip(plan.rows, batch.block_tables.tolist(), strict=True):
+        assert table[: len(tables[row])] == tables[row]
+        assert not any(table[len(tables[row]) :])
+    drawing = [i for i, samples in enumerate(plan.samples) if samples]
+    draws = inputs.draws
+    last = range(len(drawing)) if draws.tokens is None else draws.tokens.tolist()
+    assert list(last) == [starts[i + 1] - 1 for i in drawing]
+    assert draws.rows.tolist() == [plan.rows[i] for i in drawing]
+    assert draws.positions.tolist() == [ends[i] for i in drawing]
+
+
+@given(steps(decode_only=True), st.integers(0, 3))
+def test_padding_changes_nothing_else_and_stays_in_the_null_block(plan, num_padding):
+    count = len(plan.rows)
+    size = count + num_padding
+    _, _, exact = gather(plan, StepShape(count, count, count), is_captured=False)
+    state, inputs, padded = gather(plan, StepShape(size, size, size), is_captured=True)
+    assert padded.num_rows == padded.num_tokens == padded.num_decodes == size
+    for name in ("token_ids", "positions", "slots", "rows", "seq_lens"):
+        assert getattr(padded, name)[:count].equal(getattr(exact, name)), name
+    width = exact.block_tables.shape[1]
+    assert padded.block_tables[:count, :width].equal(exact.block_tables)
+    assert not padded.slots[count:].any()
+    assert not padded.seq_lens[count:].any()
+    assert padded.query_starts.tolist() == list(range(size + 1))
+    before = state.tokens.clone()
+    draws = inputs.draws
+    state.store(draws.rows, draws.positions, torch.full((size,), 7))
+    changed = (state.tokens != before).any(dim=1)
+    assert not changed[[row for row in range(NUM_ROWS) if row not in plan.rows]].any()
+
+
+@given(steps(), st.integers(0, 5), st.integers(0, 3))
+def test_mixed_steps_can_be_padded_too(plan, num_tokens, num_rows):
+    exact = exact_shape(plan)
+    if exact.is_decode:
+        return
+    shape = StepShape(exact.num_tokens + num_tokens, exact.num_rows + num_rows, NUM_ROWS + 3)
+    _, _, alone = gather(plan, exact, is_captured=False)
+    _, inputs, padded = gather(plan, shape, is_captured=True)
+    assert padded.token_ids[: exact.num_tokens].equal(alone.token_ids)
+    assert padded.slots[: exact.num_tokens].equal(alone.slots)
+    assert not padded.slots[exact.num_tokens :].any()
+    assert padded.query_starts[: exact.num_rows + 1].equal(alone.query_starts)
+    assert set(padded.query_starts[exact.num_rows :].tolist()) == {exact.num_tokens}
+    assert inputs.draws.rows[exact.num_draws :].eq(NUM_ROWS).all()
+
+
+@given(st.integers(1, 3000))
+def test_sizes_to_capture_ascend_to_the_limit_and_lose_little(limit):
+    sizes = decode_sizes(limit)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == min(limit, 1024)
+    for small, large in pairwise(sizes):
+        assert large - small <= max(8, small // 7)
+
+
+@given(st.integers(1, 3000))
+def test_the_first_sizes_cover_the_whole_range(limit):
+    sizes = decode_sizes(limit)
+    order = _in_order_of_need(sizes)
+    assert sorted(order) == sizes
+    first = order[:NUM_BEFORE_READY]
+    assert sizes[0] in first
+    assert sizes[-1] in first
