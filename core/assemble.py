@@ -29,6 +29,7 @@ from core.interfaces import (
     missing_members,
 )
 from core.pluginhost import PluginHost, PluginSelection, Selected, discover
+from core.sharding import Span
 from core.status import Phase, Report, Status, report_nothing
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from core.config import EngineConfig
     from core.link import RelayBus
     from core.messages import OutputBatch
+    from core.model.slots import SlotForm
     from core.plan import Plan
     from core.registry import Registry
 
@@ -211,6 +213,51 @@ def make_parts(plan: Plan, rank: int = 0, device: str = "") -> Parts:
         tensor=_make(plan, TensorParallel, "tensor", rank) if "tensor" in choices else None,
         pipeline=_make(plan, PipelineParallel, "pipeline", rank) if "pipeline" in choices else None,
     )
+
+
+def compose_slots(plan: Plan) -> tuple[SlotForm, ...]:
+    """Find out how the slots of a layer will be filled, on a layer without memory.
+
+    :raises CytheraError: a part cannot be built here, for example for want of a library.
+    """
+    import torch  # noqa: PLC0415  slow to import
+
+    from core.model.decoder import make_decoder  # noqa: PLC0415  imports torch
+
+    share = plan.shares[0]
+    first = Span(share.layers.start, share.layers.start + 1)
+    decoder = make_decoder(
+        plan.model,
+        scheme=_make(plan, QuantScheme, "quant"),
+        attention=_make(plan, AttentionBackend, "attention"),
+        dtype=getattr(torch, plan.dtype),
+        device=torch.device("meta"),
+        max_len=1,
+        share=dataclasses.replace(share, layers=first),
+        tensor=_SilentRanks(plan.tensor_parallel_size) if plan.tensor_parallel_size > 1 else None,
+    )
+    return decoder.forms
+
+
+class _SilentRanks:
+    """In place of other ranks, for a decoder that is never run."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: Any, /) -> Any:
+        """Return the part."""
+        return tensor
+
+    def gather(self, tensor: Any, _sizes: Sequence[int], /) -> Any:
+        """Return the part."""
+        return tensor
+
+    def broadcast(self, tensor: Any, /) -> Any:
+        """Return the part."""
+        return tensor
 
 
 def build_engine(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import Console
 
+    from core.plan import Plan
     from core.pluginhost import PluginReport
 
 BENCHMARKS: Final = {
@@ -293,10 +294,30 @@ def plan(
         _print_json(made.to_dict())
         return
     console = _make_console()
-    for section, rows in made.render():
+    for section, rows in [*made.render(_device_bytes(made.device)), ("layers", _layer_rows(made))]:
         if rows:
             console.print(section, style="bold")
             _print_table(console, rows)
+
+
+def _layer_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """Say how a layer's slots will be filled, and what stands in the way of more."""
+    from core.assemble import compose_slots  # noqa: PLC0415  imports torch
+
+    try:
+        forms = compose_slots(plan)
+    except CytheraError as error:
+        return [("", "not known here", str(error))]
+    return [(form.slot, form.form, "; ".join(form.objections)) for form in forms]
+
+
+def _device_bytes(device: str) -> int | None:
+    """Ask the device for its memory; `None` if it is none of its own or not here."""
+    import torch  # noqa: PLC0415  slow to import
+
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def perplexity(

@@ -116,6 +116,12 @@ class EngineCore:
         finally:
             self.close(reason)
 
+    def prepare(self) -> None:
+        """Let the executor prepare itself to the end, which `run` does when there is nothing to do."""
+        if isinstance(self.executor, SupportsIdleWork):
+            while self.executor.work_idle():
+                pass
+
     def _wait(self) -> None:
         """Let the executor prepare itself, and block once it has nothing left to do."""
         executor = self.executor

@@ -55,6 +55,7 @@ class LLM:
         self.assembly: Assembly = resolve(config)
         self._outputs: deque[OutputBatch] = deque()
         self.engine = build_engine(self.assembly, self._outputs.append)
+        self.engine.prepare()
         self.journal = make_journal(self.assembly, self.engine.kv_cache.num_blocks)
         self._defaults = load_sampling_defaults(self.assembly)
         self._ids = itertools.count()

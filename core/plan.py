@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from core.memory_estimate import estimate_memory
 from core.offload import NUM_BUFFERS, choose_layers
 from core.request import RequestLimits
 
@@ -150,8 +151,11 @@ class Plan:
         """SHA-256 of the plan, which ranks compare before they start."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    def render(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
-        """Sections of (what, value, why) for people."""
+    def render(self, device_bytes: int | None = None) -> list[tuple[str, list[tuple[str, str, str]]]]:
+        """Sections of (what, value, why) for people.
+
+        :param device_bytes: memory of the device, if there is one to ask.
+        """
         model, config = self.model, self.config
         shape = (
             f"{model.num_layers} layers, hidden {model.hidden_size}, "
@@ -178,7 +182,9 @@ class Plan:
                 [
                     ("weights", _format_bytes(self.weight_bytes), "over all ranks"),
                     *self._render_offload(),
+                    *self._render_memory(),
                     ("KV cache", f"{_format_bytes(self.kv_bytes_per_token)} per token", pool),
+                    *self._render_capacity(device_bytes),
                     ("block size", f"{self.block_size} tokens", config.origin_of("block_size")),
                 ],
             ),
@@ -193,6 +199,29 @@ class Plan:
             ("plugins", [(plugin.name, "active", plugin.reason) for plugin in self.plugins]),
             ("notes", [("", note, "") for note in self.notes]),
         ]
+
+    def _render_memory(self) -> Iterator[tuple[str, str, str]]:
+        estimate = estimate_memory(self)
+        config = self.config
+        tokens = f"about, for steps of {config.max_num_batched_tokens} tokens"
+        yield "activations", _format_bytes(estimate.activations), tokens
+        if estimate.graphs:
+            yield "CUDA graphs", _format_bytes(estimate.graphs), "about; --enforce-eager saves it"
+        rows = f"at most, for {config.max_num_seqs} sequences"
+        yield "sampler", _format_bytes(estimate.sampler), rows
+        if estimate.runtime:
+            yield "runtime", _format_bytes(estimate.runtime), "about: CUDA itself and its libraries"
+
+    def _render_capacity(self, device_bytes: int | None) -> Iterator[tuple[str, str, str]]:
+        if device_bytes is None or self.config.num_kv_blocks or self.config.kv_cache_memory_bytes:
+            return
+        share = self.config.gpu_memory_utilization
+        tokens = estimate_memory(self).kv_tokens(int(device_bytes * share))
+        yield (
+            "KV capacity",
+            f"about {tokens} tokens",
+            f"{share:.0%} of {_format_bytes(device_bytes)}, less all that",
+        )
 
     def _render_offload(self) -> Iterator[tuple[str, str, str]]:
         offloaded = {rank: self.offloaded_layers(rank) for rank in range(self.world_size)}

@@ -11,6 +11,7 @@ from core.bench.progress import warn
 from core.bench.results import write_json
 from core.bench.serving import BUSY_SHARE, file_name, run_load, without_details
 from core.bench.serving_report import format_report
+from core.bench.workloads import shift
 from core.errors import CytheraError
 
 if TYPE_CHECKING:
@@ -51,15 +52,18 @@ class Campaign:
     ) -> list[dict[str, Any]]:
         """Run each rate, and tell, write and draw the results.
 
+        Lengths are the same at each rate, but token ids are not: a server that caches prefixes would
+        find those of the rate before.
+
         :param tell: receives each report.
         :return: the results, with their lists.
         :raises CytheraError: a load cannot be run, or no request of it succeeded.
         """
         results = []
-        for rate in self.rates:
+        for number, rate in enumerate(self.rates):
             result = run_load(
                 load,
-                requests,
+                shift(requests, number, load.vocab_size),
                 rate,
                 goodput=self.goodput,
                 metrics=self.metrics,

@@ -285,7 +285,7 @@ class StreamClient:
             except ServerGoneError:
                 if connection.has_received:
                     raise
-                # The server had given up the idle connection and has not seen the message.
+                # The server had given up the idle connection before the message came.
         loop, address = asyncio.get_running_loop(), self._address
         _, connection = await loop.create_connection(
             _Connection, address.host, address.port, ssl=self._ssl

@@ -418,6 +418,7 @@ def bench_serve(
         seed=seed,
         max_concurrency=max_concurrency,
         num_warmups=num_warmups,
+        vocab_size=vocab_size,
         ready_timeout=ready_check_timeout_sec,
         ignore_eos=ignore_eos,
         extra_body={"temperature": temperature} | serving.parse_body(extra_body),

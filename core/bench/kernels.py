@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -113,6 +114,18 @@ def attention_work(plan: Plan, spans: Iterable[tuple[int, int]]) -> Work:
             num_pairs = sum(min(position + 1, limit) for position in range(start, start + count))
             num_flops += 4.0 * model.num_heads * model.head_dim * num_pairs
     return Work(num_bytes, num_flops)
+
+
+def count_prefill_steps(batch_size: int, context_len: int, budget: int) -> int:
+    """Count the steps until every sequence has its first token, if all are there at the beginning.
+
+    :param budget: tokens of a step, of which each sequence that decodes takes one.
+    """
+    num_steps = num_done = 0
+    while num_done < batch_size * context_len:
+        num_done += max(1, budget - num_done // context_len)
+        num_steps += 1
+    return num_steps
 
 
 def _item_size(dtype: str) -> int:
@@ -251,14 +264,14 @@ def measure(
 
 
 class _Outputs:
-    """Receives what an engine gives, and remembers who has got a token."""
+    """Receives what an engine gives, and counts the tokens of each request."""
 
     def __init__(self) -> None:
-        self.started: set[str] = set()
+        self.num_tokens: Counter[str] = Counter()
         self.errors: list[str] = []
 
     def take(self, batch: OutputBatch) -> None:
-        self.started.update(batch.request_ids)
+        self.num_tokens.update(batch.request_ids)
         self.errors += [ended.error for ended in batch.ended if ended.error]
 
     def check(self) -> None:
@@ -282,31 +295,37 @@ class _StepBench:
         self._outputs = outputs
         self._options = options
         self._trace = trace
+        self._limits = plan.limits(engine.kv_cache.num_blocks)
         self._num_requests = 0
 
     def profile_decode(self, batch_size: int) -> StepProfile:
         options = self._options
-        # Each of two runs takes these steps, and at most one more is in flight behind it.
-        num_tokens = NUM_WARM_STEPS + 2 * (options.num_steps + 2) + 8
+        budget = self._plan.config.max_num_batched_tokens
+        # Each of two runs takes these steps, and at most one more is in flight behind it; the first
+        # requests decode already while the last ones are still in their prompts.
+        num_tokens = NUM_WARM_STEPS + 2 * (options.num_steps + 2)
+        num_tokens += count_prefill_steps(batch_size, options.context_len, budget) + 8
+        self._check_fit(batch_size, options.context_len + num_tokens)
         ids = self._submit(batch_size, options.context_len, num_tokens)
-        while not self._outputs.started.issuperset(ids):
+        while not all(self._outputs.num_tokens[request_id] for request_id in ids):
             self._step()
         for _ in range(NUM_WARM_STEPS):
             self._step()
-        what = f"decode, batch {batch_size}, context {options.context_len}"
-        wall, kernels = self._time_and_profile(what, self._step)
+        wall, kernels = self._time_and_profile(f"decode-{batch_size}", self._step)
+        back = options.num_steps // 2  # to the middle of the steps that were profiled
+        lengths = [options.context_len + self._outputs.num_tokens[name] - back for name in ids]
         for request_id in ids:
             self._engine.send(Finish(request_id))
         self._drain()
-        middle = options.context_len + NUM_WARM_STEPS + options.num_steps
         linear = linear_work(self._plan, batch_size, batch_size)
-        attention = attention_work(self._plan, [(middle, 1)] * batch_size)
+        attention = attention_work(self._plan, [(length, 1) for length in lengths])
         groups = make_groups(options, kernels, options.num_steps, linear, attention)
+        what = f"decode, batch {batch_size}, mean context {sum(lengths) / batch_size:.0f}"
         return StepProfile(what, options.num_steps, wall, kernels, groups)
 
     def profile_prefill(self) -> StepProfile:
-        options, config = self._options, self._plan.config
-        length = min(options.prefill_len, config.max_num_batched_tokens, self._plan.max_model_len - 1)
+        options, budget = self._options, self._plan.config.max_num_batched_tokens
+        length = min(options.prefill_len, budget, self._limits.max_model_len - 1)
 
         def run() -> None:
             self._submit(1, length, 1)
@@ -314,12 +333,30 @@ class _StepBench:
 
         for _ in range(3):
             run()
-        what = f"prefill, 1 prompt of {length} tokens"
-        wall, kernels = self._time_and_profile(what, run)
+        wall, kernels = self._time_and_profile(f"prefill-{length}", run)
         linear = linear_work(self._plan, length, 1)
         attention = attention_work(self._plan, [(0, length)])
         groups = make_groups(options, kernels, options.num_steps, linear, attention)
+        what = f"prefill, 1 prompt of {length} tokens"
         return StepProfile(what, options.num_steps, wall, kernels, groups)
+
+    def _check_fit(self, batch_size: int, length: int) -> None:
+        """Raise unless the cache holds a whole batch, or requests would have to wait for one another.
+
+        :raises ConfigError: the sequences are too long, or too many.
+        """
+        limits, block_size = self._limits, self._plan.block_size
+        if length > limits.max_model_len:
+            raise ConfigError(
+                f"--context-len {self._options.context_len} and the steps that are measured make "
+                f"{length} tokens, but a sequence has at most {limits.max_model_len} (--max-model-len)"
+            )
+        needed = batch_size * -(-length // block_size) * block_size
+        if needed > limits.max_kv_tokens:
+            raise ConfigError(
+                f"a batch of {batch_size} sequences of {length} tokens needs a KV cache of {needed} "
+                f"tokens, but it has {limits.max_kv_tokens}; lower --batch-size or --context-len"
+            )
 
     def _time_and_profile(self, what: str, run: Any) -> tuple[float, list[KernelTotal]]:
         """Run steps twice: once by the clock, since profiling slows the host, and once profiled.
@@ -349,7 +386,7 @@ class _StepBench:
         with tempfile.TemporaryDirectory() as own:
             folder = self._trace or Path(own)
             folder.mkdir(parents=True, exist_ok=True)
-            file = folder / (re.sub(r"\W+", "-", what) + ".json")
+            file = folder / f"{what}.json"
             profiler.export_chrome_trace(str(file))
             trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return trace
@@ -362,7 +399,10 @@ class _StepBench:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
         for index, (request_id, request) in enumerate(zip(ids, requests, strict=True)):
             prompt = [int(token) for token in request.prompt]
-            self._engine.send(Submit(request_id, prompt, params, output_len, [], index))
+            now = time.monotonic()
+            self._engine.send(
+                Submit(request_id, prompt, params, output_len, [], index, arrival_time=now)
+            )
         return ids
 
     def _step(self) -> None:

@@ -50,6 +50,7 @@ def plot_batches(file: Path, runs: Sequence[Mapping[str, Any]], title: str) -> N
     figure, (left, right) = _make_figure(2, title)
     rates = [run["output_tokens_per_second"] for run in runs]
     left.plot(sizes, rates, marker="o", color=COLORS[0])
+    left.set_ylim(bottom=0)
     _label(left, "batch size", "output tokens per second", "Throughput")
     lines = (("ms_per_output_token", "per output token"), ("ms_to_first_token", "to first token"))
     for (key, name), color in zip(lines, COLORS, strict=False):
@@ -57,6 +58,7 @@ def plot_batches(file: Path, runs: Sequence[Mapping[str, Any]], title: str) -> N
         if points:
             right.plot(*zip(*points, strict=True), marker="o", color=color, label=name)
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
     _label(right, "batch size", "ms", "Latency")
     right.legend(frameon=False)
     for axes in (left, right):
@@ -105,8 +107,8 @@ def plot_distributions(file: Path, result: Mapping[str, Any], title: str) -> Non
     }
     figure, all_axes = _make_figure(len(values), title)
     for axes, (name, seconds) in zip(all_axes, values.items(), strict=True):
-        points = sorted(second * 1e3 for second in seconds)
-        shares = [(index + 1) / len(points) for index in range(len(points))]
+        points = [0.0, *sorted(second * 1e3 for second in seconds)]
+        shares = [index / max(1, len(seconds)) for index in range(len(points))]
         axes.step(points, shares, where="post", color=COLORS[0])
         axes.set_ylim(0, 1.02)
         axes.set_xlim(left=0)

@@ -23,13 +23,12 @@ import msgspec
 from core.bench.client import Address, StreamClient
 from core.bench.progress import show_progress
 from core.bench.serving_report import DETAILS, StreamRecord, summarize
-from core.bench.workloads import ARRIVAL_SEED, arrivals
+from core.bench.workloads import ARRIVAL_SEED, VOCAB_SIZE, BenchRequest, arrivals, shift
 from core.errors import ConfigError, CytheraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from core.bench.workloads import BenchRequest
 
 CHAT_SUFFIX: Final = "/chat/completions"
 READY_INTERVAL: Final = 0.5
@@ -52,6 +51,8 @@ class Load:
     seed: int | None = None
     max_concurrency: int | None = None
     num_warmups: int = 0
+    vocab_size: int = VOCAB_SIZE
+    """Bound of the token ids that the server knows."""
     ready_timeout: float = 0.0
     """Seconds to wait for the server to answer a first request; 0 does not ask."""
     ignore_eos: bool = True
@@ -213,9 +214,14 @@ class _LoadRun:
 
         async with asyncio.TaskGroup() as tasks:
             for moment, body, record in zip(times, self._bodies, self.records, strict=True):
-                if (rest := self.begin + moment - time.perf_counter()) > 0:
+                # Some event loops wake up a fraction of a millisecond early.
+                while (rest := self.begin + moment - time.perf_counter()) > 0:  # noqa: ASYNC110  a time
                     await asyncio.sleep(rest)
                 tasks.create_task(send(body, record))
+
+    def _others(self, count: int) -> list[BenchRequest]:
+        """Make requests like the first ones that leave nothing for them in a cache of prefixes."""
+        return shift(self._requests[:count], -1, self._load.vocab_size)
 
     async def _wait_until_ready(self, client: StreamClient) -> None:
         """Have the server answer a request of one token.
@@ -225,8 +231,8 @@ class _LoadRun:
         load = self._load
         if load.ready_timeout <= 0:
             return
-        request = self._requests[0]
-        body = make_body(load, type(request)(request.prompt, 1))
+        [request] = self._others(1)
+        body = make_body(load, BenchRequest(request.prompt, 1))
         deadline = time.monotonic() + load.ready_timeout
         while True:
             record = _make_record(request)
@@ -241,8 +247,10 @@ class _LoadRun:
             await asyncio.sleep(READY_INTERVAL)
 
     async def _warm_up(self, client: StreamClient) -> None:
-        records = [_make_record(request) for request in self._requests[: self._load.num_warmups]]
-        await asyncio.gather(*map(client.stream, self._bodies, records))
+        requests = self._others(self._load.num_warmups)
+        records = list(map(_make_record, requests))
+        bodies = [make_body(self._load, request) for request in requests]
+        await asyncio.gather(*map(client.stream, bodies, records))
         if error := next((record.error for record in records if record.error), None):
             raise CytheraError(f"a warm-up request failed: {error}")
 

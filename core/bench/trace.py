@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 GPU_CATEGORIES: Final = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 MAX_NAME: Final = 56
-FUNCTOR: Final = re.compile(r"(\w*[Ff]unctor\w*|\w+_kernel_impl\w*|\w+_kernel_cuda\w*|\w+Ops?)\b")
+FUNCTOR: Final = re.compile(
+    r"(\w*[Ff]unctor\w*|\w+_kernel_impl\w*|\w+_kernel_cuda\w*|(?!ReduceOp\b)\b\w+Ops?\b)"
+)
 """In the arguments of a template of torch: what the kernel does."""
 GENERIC: Final = re.compile(r"elementwise|reduce_kernel|index|scatter|gather|Catarray", re.IGNORECASE)
 """Kernels whose name does not say what they do."""
+COPIES: Final = ("Memcpy", "Memset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ def busy_time(totals: Sequence[KernelTotal]) -> float:
 def short_name(name: str) -> str:
     """Cut a kernel's name down to what tells it from others."""
     plain = name.removeprefix("void ").strip()
+    if plain.startswith(COPIES):
+        return plain
     base, _, rest = plain.partition("<")
     base = base.partition("(")[0] or plain
     base = base.rpartition("::")[2]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     CountTokens = Callable[[str], int]
@@ -84,6 +84,24 @@ def seed_mix(num_prompts: int, *, vocab_size: int = VOCAB_SIZE, seed: int = 7) -
         output_len = min(500, 50 + int(rng.expovariate(1 / 150.0)))
         requests.append(BenchRequest(_draw(rng, input_len, vocab_size), output_len))
     return requests
+
+
+def shift(requests: Iterable[BenchRequest], step: int, vocab_size: int) -> list[BenchRequest]:
+    """Make requests of the same lengths with other token ids, which no cache of prefixes knows yet.
+
+    :param step: how far each id moves within the vocabulary; text stays as it is.
+    """
+    size = vocab_size - FIRST_TOKEN
+
+    def move(token: int) -> int:
+        return FIRST_TOKEN + (token - FIRST_TOKEN + step) % size
+
+    return [
+        request
+        if isinstance(request.prompt, str)
+        else BenchRequest([move(token) for token in request.prompt], request.output_len)
+        for request in requests
+    ]
 
 
 def poisson_arrivals(count: int, rate: float, *, seed: int = ARRIVAL_SEED) -> list[float]:

@@ -26,7 +26,7 @@ from plugins.attention.triton.plan import first_tile
 NUM_QUERY_ROWS: tl.constexpr = tl.constexpr(16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "window"])
 def decode(
     q: tl.tensor,  # [T, ...], rows of q_stride: H heads, in the fused form followed by G keys and G values
     out: tl.tensor,  # [T, H, D], written
@@ -102,12 +102,14 @@ def decode(
             G, D, HALF, D_PADDED, BLOCK_SIZE, BLOCK_N, NUM_STAGES, SOFTCAP, IS_NARROW, HAS_FP8, dtype,
         )  # fmt: skip
         if IS_FUSED:
-          if seg_end == num_tiles:
-            top, total_weight, acc = attend_newest(
-                q1, q2, top, total_weight, acc, q_row, cos, sin, k_cache, v_cache, k_scales, v_scales,
-                tl.load(slots + token), seq_len, head, score_scale,
-                G, GROUP, D, HALF, D_PADDED, BLOCK_SIZE, SOFTCAP, IS_NARROW, HAS_SCALES, HAS_FP8, dtype,
-            )  # fmt: skip
+            if seg_end == num_tiles:
+                top, total_weight, acc = attend_newest(
+                    q1, q2, top, total_weight, acc, q_row, cos, sin,
+                    k_cache, v_cache, k_scales, v_scales,
+                    tl.load(slots + token), seq_len, head, score_scale,
+                    G, GROUP, D, HALF, D_PADDED, BLOCK_SIZE,
+                    SOFTCAP, IS_NARROW, HAS_SCALES, HAS_FP8, dtype,
+                )  # fmt: skip
 
         out_row = out + (token * G + head) * (GROUP * D)
         v_scale = tl.load(v_scales + head) if HAS_SCALES else 1.0
@@ -194,13 +196,19 @@ def attend_segment(
     dim = tl.arange(0, D_PADDED)
     tile_base = first_tile(seq_len, window, BLOCK_N)
     oldest = seq_len - tl.minimum(seq_len, window)
+    # Where a tile lies in several pages, each iteration has two loads that depend on each other.
+    STAGES: tl.constexpr = NUM_STAGES if BLOCK_N <= BLOCK_SIZE else 2 * NUM_STAGES - 1
+    first, end = tile_base + seg_start, tile_base + seg_end
+    # Loaded one tile ahead.  If the address of a tile came from a load of the same iteration, the
+    # compiler would share the stages of the pipeline out between the two.
+    next_block = tl.load(table + first * BLOCK_N // BLOCK_SIZE)
     # A window of 1 leaves nothing of the cache to be seen in the fused form, but a tile all the same.
-    for tile in tl.range(tile_base + seg_start, tile_base + seg_end, num_stages=NUM_STAGES):
+    for tile in tl.range(first, end, num_stages=STAGES):
         key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         is_key = (key < num_keys) & (key >= oldest)
         if BLOCK_N <= BLOCK_SIZE:  # all of them lie in one page
-            block = tl.load(table + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
-            place = (block * G + head) * (BLOCK_SIZE * D)
+            place = (next_block.to(tl.int64) * G + head) * (BLOCK_SIZE * D)
+            next_block = tl.load(table + tl.minimum(tile + 1, end - 1) * BLOCK_N // BLOCK_SIZE)
             k_tile, v_tile = k_cache + place, v_cache + place
             offset = (tile * BLOCK_N % BLOCK_SIZE + tl.arange(0, BLOCK_N)) * D
         else:
@@ -209,15 +217,15 @@ def attend_segment(
             k_tile, v_tile = k_cache, v_cache
         k_pointers = k_tile + offset[None, :] + half_dim[:, None]
         if HALF == D // 2:
-            k1 = tl.load(k_pointers, eviction_policy="evict_first")
-            k2 = tl.load(k_pointers + D // 2, eviction_policy="evict_first")
+            k1 = tl.load(k_pointers)
+            k2 = tl.load(k_pointers + D // 2)
         else:
             is_half = half_dim[:, None] < D // 2
             k1 = tl.load(k_pointers, mask=is_half, other=0)
             k2 = tl.load(k_pointers + D // 2, mask=is_half, other=0)
         # Beside the keys anything may lie, and no weight, not even zero, is proof against NaN.
         is_value = is_key[:, None] & (dim[None, :] < D)
-        v = tl.load(v_tile + offset[:, None] + dim[None, :], mask=is_value, other=0, eviction_policy="evict_first")  # fmt: skip
+        v = tl.load(v_tile + offset[:, None] + dim[None, :], mask=is_value, other=0)
         if IS_NARROW:
             k1, k2 = widen(k1, dtype, HAS_FP8), widen(k2, dtype, HAS_FP8)
             v = widen(v, dtype, HAS_FP8)
@@ -362,7 +370,7 @@ def combine(
 ) -> None:
     """Add the parts of one row and head up, several at a time, in the order of their keys."""
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
-    BATCH: tl.constexpr = 8192 // (ROWS * D_PADDED) if ROWS * D_PADDED <= 4096 else 2
+    BATCH: tl.constexpr = 4096 // (ROWS * D_PADDED) if ROWS * D_PADDED <= 2048 else 2
     member = tl.arange(0, ROWS)
     dim = tl.arange(0, D_PADDED)
     top = tl.full([ROWS], LOWEST, tl.float32)

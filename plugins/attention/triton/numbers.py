@@ -48,7 +48,7 @@ def widen(codes: tl.tensor, dtype: tl.constexpr, HAS_FP8: tl.constexpr) -> tl.te
     :param HAS_FP8: whether the card converts them itself.
     """
     if HAS_FP8:
-        return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(dtype)
     else:
         code = codes.to(tl.int16)
         # The same bits, read as a float16, are the number divided by 2^(15 - 7).

@@ -15,7 +15,7 @@ import triton.language as tl
 from plugins.attention.triton.numbers import LOG2_E, LOWEST, cap, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "window"])
 def prefill(
     q: tl.tensor,  # [T, H, D], rows of q_stride
     out: tl.tensor,  # [T, H, D], written
@@ -106,6 +106,8 @@ def attend_block(
 ) -> None:
     """Attend for one block of queries and one key-value head."""
     BLOCK_TOKENS: tl.constexpr = BLOCK_M // GROUP
+    # Where a tile lies in several pages, each iteration has two loads that depend on each other.
+    STAGES: tl.constexpr = NUM_STAGES if BLOCK_N <= BLOCK_SIZE else 2 * NUM_STAGES - 1
     dtype: tl.constexpr = q.dtype.element_ty
     first_token = tl.load(query_starts + row)
     num_queries = tl.load(query_starts + row + 1) - first_token
@@ -133,11 +135,16 @@ def attend_block(
     first_masked = (first_position + 1) // BLOCK_N
     if HAS_WINDOW:  # every tile may be cut for some query
         first_masked = oldest // BLOCK_N
-    for tile in tl.range(oldest // BLOCK_N, first_masked, num_stages=NUM_STAGES):
+    num_tiles = tl.cdiv(end_position, BLOCK_N)
+    # Loaded one tile ahead.  If the address of a tile came from a load of the same iteration, the
+    # compiler would share the stages of the pipeline out between the two.
+    next_block = tl.load(table + oldest // BLOCK_N * BLOCK_N // BLOCK_SIZE)
+    for tile in tl.range(oldest // BLOCK_N, first_masked, num_stages=STAGES):
         k, v = load_tile(
-            k_cache, v_cache, k_boxes, v_boxes, table, head, tile, oldest, seq_len,
+            k_cache, v_cache, k_boxes, v_boxes, table, next_block, head, tile, oldest, seq_len,
             G, D, D_PADDED, BLOCK_SIZE, BLOCK_N, False, IS_NARROW, HAS_FP8, HAS_BOXES, dtype,
         )  # fmt: skip
+        next_block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * BLOCK_N // BLOCK_SIZE)
         scores = tl.dot(queries, k, input_precision="ieee")
         if SOFTCAP > 0:
             scores = cap(scores * scale, SOFTCAP) * LOG2_E
@@ -149,11 +156,12 @@ def attend_block(
         total_weight = total_weight * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
-    for tile in tl.range(first_masked, tl.cdiv(end_position, BLOCK_N), num_stages=NUM_STAGES):
+    for tile in tl.range(first_masked, num_tiles, num_stages=STAGES):
         k, v = load_tile(
-            k_cache, v_cache, k_boxes, v_boxes, table, head, tile, oldest, seq_len,
+            k_cache, v_cache, k_boxes, v_boxes, table, next_block, head, tile, oldest, seq_len,
             G, D, D_PADDED, BLOCK_SIZE, BLOCK_N, True, IS_NARROW, HAS_FP8, False, dtype,
         )  # fmt: skip
+        next_block = tl.load(table + tl.minimum(tile + 1, num_tiles - 1) * BLOCK_N // BLOCK_SIZE)
         scores = tl.dot(queries, k, input_precision="ieee")
         if SOFTCAP > 0:
             scores = cap(scores * scale, SOFTCAP) * LOG2_E
@@ -184,6 +192,7 @@ def load_tile(
     k_boxes: tl.tensor,
     v_boxes: tl.tensor,
     table: tl.tensor,
+    block: tl.tensor,
     head: tl.tensor,
     tile: tl.tensor,
     oldest: tl.tensor,
@@ -201,41 +210,39 @@ def load_tile(
 ) -> tl.tensor:
     """Load keys [D_PADDED, BLOCK_N] and values [BLOCK_N, D_PADDED] of one tile.
 
+    :param block: the page in which the tile begins.
     :param oldest: first position that any query sees.
     :param IS_MASKED: whether what is seen may begin or end within the tile.
     """
     if HAS_BOXES:
         tl.static_assert(BLOCK_N <= BLOCK_SIZE)
-        block = tl.load(table + tile * BLOCK_N // BLOCK_SIZE)
         place = (block * G + head) * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE
-        k = k_boxes.load([place, 0])
-        v = v_boxes.load([place, 0])
-        return tl.trans(k), v
-    dim = tl.arange(0, D_PADDED)
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_key = (key >= oldest) & (key < seq_len)
-    if BLOCK_N <= BLOCK_SIZE:
-        block = tl.load(table + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
-        place = (block * G + head) * (BLOCK_SIZE * D)
-        k_tile, v_tile = k_cache + place, v_cache + place
-        offset = (tile * BLOCK_N % BLOCK_SIZE + tl.arange(0, BLOCK_N)) * D
+        return tl.trans(k_boxes.load([place, 0])), v_boxes.load([place, 0])
     else:
-        block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        offset = ((block * G + head) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-        k_tile, v_tile = k_cache, v_cache
-    k_pointers = k_tile + offset[None, :] + dim[:, None]
-    v_pointers = v_tile + offset[:, None] + dim[None, :]
-    if D == D_PADDED:
-        k = tl.load(k_pointers)
-    else:
-        k = tl.load(k_pointers, mask=dim[:, None] < D, other=0)
-    # Beside the keys anything may lie, and no weight, not even zero, is proof against NaN.
-    if IS_MASKED:
-        v = tl.load(v_pointers, mask=is_key[:, None] & (dim < D)[None, :], other=0)
-    elif D == D_PADDED:
-        v = tl.load(v_pointers)
-    else:
-        v = tl.load(v_pointers, mask=dim[None, :] < D, other=0)
-    if IS_NARROW:
-        return widen(k, dtype, HAS_FP8), widen(v, dtype, HAS_FP8)
-    return k, v
+        dim = tl.arange(0, D_PADDED)
+        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        is_key = (key >= oldest) & (key < seq_len)
+        if BLOCK_N <= BLOCK_SIZE:
+            place = (block.to(tl.int64) * G + head) * (BLOCK_SIZE * D)
+            k_tile, v_tile = k_cache + place, v_cache + place
+            offset = (tile * BLOCK_N % BLOCK_SIZE + tl.arange(0, BLOCK_N)) * D
+        else:
+            blocks = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+            offset = ((blocks * G + head) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+            k_tile, v_tile = k_cache, v_cache
+        k_pointers = k_tile + offset[None, :] + dim[:, None]
+        v_pointers = v_tile + offset[:, None] + dim[None, :]
+        if D == D_PADDED:
+            k = tl.load(k_pointers)
+        else:
+            k = tl.load(k_pointers, mask=dim[:, None] < D, other=0)
+        # Beside the keys anything may lie, and no weight, not even zero, is proof against NaN.
+        if IS_MASKED:
+            v = tl.load(v_pointers, mask=is_key[:, None] & (dim < D)[None, :], other=0)
+        elif D == D_PADDED:
+            v = tl.load(v_pointers)
+        else:
+            v = tl.load(v_pointers, mask=dim[None, :] < D, other=0)
+        if IS_NARROW:
+            k, v = widen(k, dtype, HAS_FP8), widen(v, dtype, HAS_FP8)
+        return k, v

@@ -125,6 +125,8 @@ def _choose_decode(card: Card, key_bytes: int, block_size: int) -> DecodeTuning:
 def _choose_prefill(card: Card, head_dim: int, block_size: int, kv_itemsize: int) -> PrefillTuning:
     itemsize = max(kv_itemsize, 2)  # of the model, unless that is float32 over a cache of FP8
     block_m = 128 if card.capability >= (9, 0) and itemsize == 2 else 64
+    if itemsize == 4:  # products without matrix units keep their operands in registers
+        return PrefillTuning(block_m=32, block_n=16, num_warps=4, num_stages=1, has_boxes=False)
     block_n = max(16, min(64, STAGE_BYTES // (head_dim * itemsize)))
     queries = block_m * head_dim * itemsize
     num_stages = 3

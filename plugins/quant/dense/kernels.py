@@ -71,12 +71,12 @@ def _prefetch_rows(w, rows, k, num_bytes, NUM_ROWS: tl.constexpr, K: tl.constexp
 
 @triton.jit
 def _load_weight(
-    w, row, k, NUM_ROWS, K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
+    w, tiles, row, k, NUM_ROWS, K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Load [BLOCK_N, BLOCK_K] of the weight, from `row` and column k on; zeros beyond its columns."""
     if TMA:
-        tile = w.load([row, k])
+        tile = tiles.load([row, k])
     else:
         rows = row + tl.arange(0, BLOCK_N)
         cols = k + tl.arange(0, BLOCK_K)
@@ -107,6 +107,22 @@ def _dot(x, w, acc, SWAP: tl.constexpr):
     else:
         acc = tl.dot(x, tl.trans(w), acc)
     return acc
+
+
+@triton.jit
+def _accumulate(
+    tokens, weight, other, acc, gated, squares, norm_weight, k, K: tl.constexpr, EVEN_K: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """Add what columns k contribute to the sums."""
+    if NORM != NO_NORM:
+        wide = tokens.to(tl.float32)
+        squares += wide * wide
+        tokens = _scale_input(tokens, norm_weight, k, NORM, K, EVEN_K)
+    acc = _dot(tokens, weight, acc, SWAP)
+    if GATED:
+        gated = _dot(tokens, other, gated, SWAP)
+    return acc, gated, squares
 
 
 @triton.jit
@@ -147,7 +163,7 @@ def _arrive(arrivals, SPLIT_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x, w, y, norm_weight, bias, residual, partials, arrivals, eps, M, x_stride,
+    x, w, tiles, y, norm_weight, bias, residual, partials, arrivals, eps, M, x_stride,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -163,7 +179,7 @@ def linear_kernel(
     :param partials: float32 workspace of the parts; with SPLIT_K > 1.
     :param arrivals: int32, one per tile, all 0 before and after.
     :param PREFETCH: columns of the weight to bring to the L2 cache before the wait.
-    :param TMA: w is a tensor descriptor.
+    :param tiles: descriptor of w in tiles [BLOCK_N, BLOCK_K], if they are to be fetched with TMA.
     :param EAGER: weights go through registers, the next tile always on its way, the first before the
         wait; else through STAGES buffers of shared memory.
     """
@@ -196,9 +212,10 @@ def linear_kernel(
             _prefetch_rows(w, N + rows, first, num_bytes, BLOCK_N, K)
     row = tile_n * BLOCK_N
     if EAGER:
-        weight = _load_weight(w, row, first, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
+        weight = _load_weight(w, tiles, row, first, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
+        other = weight
         if GATED:
-            other = _load_weight(w, N + row, first, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
+            other = _load_weight(w, tiles, N + row, first, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -207,49 +224,49 @@ def linear_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gated = acc
+    squares = acc
     if NORM != NO_NORM:
         squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     is_token = (m < M)[:, None]
     x_rows = x + m.to(tl.int64)[:, None] * x_stride
+    cols = tl.arange(0, BLOCK_K)
     if EAGER:
-        next_tokens = _load_tokens(x_rows, is_token, first + tl.arange(0, BLOCK_K), K, EVEN_K)
-        for step in tl.static_range(0, SPLIT_COLS, BLOCK_K):
+        tokens = _load_tokens(x_rows, is_token, first + cols, K, EVEN_K)
+        for step in tl.range(0, SPLIT_COLS - BLOCK_K, BLOCK_K, num_stages=1):
             start = first + step
-            tokens = next_tokens
-            if step + BLOCK_K < SPLIT_COLS:
-                after = start + BLOCK_K
-                next_weight = _load_weight(w, row, after, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
-                if GATED:
-                    next_other = _load_weight(
-                        w, N + row, after, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K
-                    )
-                next_tokens = _load_tokens(x_rows, is_token, after + tl.arange(0, BLOCK_K), K, EVEN_K)
-            if NORM != NO_NORM:
-                wide = tokens.to(tl.float32)
-                squares += wide * wide
-                k = start + tl.arange(0, BLOCK_K)
-                tokens = _scale_input(tokens, norm_weight, k, NORM, K, EVEN_K)
-            acc = _dot(tokens, weight, acc, SWAP)
+            after = start + BLOCK_K
+            next_weight = _load_weight(w, tiles, row, after, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
+            next_other = next_weight
             if GATED:
-                gated = _dot(tokens, other, gated, SWAP)
-            if step + BLOCK_K < SPLIT_COLS:
-                weight = next_weight
-                if GATED:
-                    other = next_other
+                next_other = _load_weight(
+                    w, tiles, N + row, after, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K
+                )
+            next_tokens = _load_tokens(x_rows, is_token, after + cols, K, EVEN_K)
+            acc, gated, squares = _accumulate(
+                tokens, weight, other, acc, gated, squares, norm_weight, start + cols, K, EVEN_K, NORM,
+                GATED, SWAP,
+            )  # fmt: skip
+            weight = next_weight
+            other = next_other
+            tokens = next_tokens
+        k = first + SPLIT_COLS - BLOCK_K + cols
+        acc, gated, squares = _accumulate(
+            tokens, weight, other, acc, gated, squares, norm_weight, k, K, EVEN_K, NORM, GATED, SWAP
+        )
     else:
         for step in tl.range(0, SPLIT_COLS, BLOCK_K, num_stages=STAGES):
             start = first + step
-            k = start + tl.arange(0, BLOCK_K)
-            tokens = _load_tokens(x_rows, is_token, k, K, EVEN_K)
-            if NORM != NO_NORM:
-                wide = tokens.to(tl.float32)
-                squares += wide * wide
-                tokens = _scale_input(tokens, norm_weight, k, NORM, K, EVEN_K)
-            weight = _load_weight(w, row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
-            acc = _dot(tokens, weight, acc, SWAP)
+            tokens = _load_tokens(x_rows, is_token, start + cols, K, EVEN_K)
+            weight = _load_weight(w, tiles, row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
+            other = weight
             if GATED:
-                weight = _load_weight(w, N + row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
-                gated = _dot(tokens, weight, gated, SWAP)
+                other = _load_weight(
+                    w, tiles, N + row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K
+                )
+            acc, gated, squares = _accumulate(
+                tokens, weight, other, acc, gated, squares, norm_weight, start + cols, K, EVEN_K, NORM,
+                GATED, SWAP,
+            )  # fmt: skip
     if SWAP:
         acc = tl.trans(acc)
         gated = tl.trans(gated)
@@ -324,9 +341,9 @@ def vector_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK_N
-    weight = _load_weight(w, row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+    weight = _load_weight(w, None, row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
     if GATED:
-        other = _load_weight(w, N + row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+        other = _load_weight(w, None, N + row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -341,9 +358,9 @@ def vector_kernel(
             token = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if step + 1 < NUM_STEPS:
             next_k = (step + 1) * BLOCK_K
-            next_weight = _load_weight(w, row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+            next_weight = _load_weight(w, None, row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
             if GATED:
-                next_other = _load_weight(w, N + row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+                next_other = _load_weight(w, None, N + row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
         if NORM != NO_NORM:
             squares += token * token
             if EVEN_K:

@@ -80,7 +80,8 @@ def launch_tile(
     op: Operation,
     config: KernelConfig,
     x: torch.Tensor,
-    weight: torch.Tensor | TensorDescriptor,
+    weight: torch.Tensor,
+    tiles: TensorDescriptor | None,
     out: torch.Tensor,
     norm_weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -93,11 +94,12 @@ def launch_tile(
 ) -> Any:
     """Launch `linear_kernel`."""
     m = len(x)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(op.num_outputs, config.block_n)
-    launch = run or linear_kernel[(tiles, config.split_k)]
+    num_tiles = triton.cdiv(m, config.block_m) * triton.cdiv(op.num_outputs, config.block_n)
+    launch = run or linear_kernel[(num_tiles, config.split_k)]
     return launch(
         x,
         weight,
+        tiles,
         out,
         norm_weight,
         bias,
