@@ -353,6 +353,16 @@ class EngineConfig(BaseModel):
         "Logging", "auto: pretty on a terminal, one JSON object a line elsewhere.", "auto"
     )
 
+    def with_defaults(self, values: Mapping[str, Any], origin: str) -> EngineConfig:
+        """Set what nobody has set.
+
+        :param origin: where those values come from, as `origin_of` will say.
+        """
+        unset = {key: value for key, value in values.items() if self.origin_of(key) == DEFAULT_ORIGIN}
+        copy = self.model_copy(update=unset)
+        copy._origins = {**self._origins, **dict.fromkeys(unset, origin)}  # noqa: SLF001  of this class
+        return copy
+
     def origin_of(self, setting: str) -> str:
         """Say where a value came from: `default`, `engine.toml line 3`, `flag --max-num-seqs`.
 

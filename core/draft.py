@@ -41,6 +41,8 @@ _FIELDS: Final = {
 """Settings that are not called as the kind whose part they name."""
 _DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _KV_DTYPES: Final = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+_GPU_DEFAULTS: Final = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+"""A GPU needs more at the same time to be busy than a CPU."""
 
 
 class PlanDraft:
@@ -60,6 +62,8 @@ class PlanDraft:
         self.hf_config = load_hf_config(self.model_path, config.revision)
         self.model = self._read_model()
         self.device = _resolve_device(config.device)
+        if self.device.startswith("cuda"):
+            self.config = config = config.with_defaults(_GPU_DEFAULTS, "for a GPU")
         self.dtype = _resolve_dtype(config.dtype, self.hf_config)
         self.sizes = {axis: self._choose_parallel(axis) for axis in ("tensor", "pipeline")}
         self.requirements = self._make_requirements()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import torch
 
 from core.batch import BatchState, Draws, StepBatch, StepInputs, StepShape
+from core.device_memory import explain_out_of_memory
 from core.errors import CapacityError, PlanError
 from core.graphs import StepGraph, StepGraphs, decode_sizes
 from core.interfaces import KVCacheSpec, SupportsQuantizedKV, SupportsSamplerCapture
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_LOAD_KNOBS: Final = "--tensor-parallel-size, --quantization or --cpu-offload-gb"
+_STEP_KNOBS: Final = "a lower --max-num-batched-tokens or --max-num-seqs"
+_CACHE_KNOBS: Final = "a lower --gpu-memory-utilization or --num-kv-blocks, or --enforce-eager"
 _CPU_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the KV cache
 _LOGIT_ROWS = 256  # prompt positions whose logits exist at one time
 
@@ -113,6 +117,10 @@ class TorchExecutor:
 
     def load(self, report: Callable[[int, int], None], /) -> None:
         """Bring the weights to the device."""
+        with explain_out_of_memory(self.device, "loading the weights", _LOAD_KNOBS):
+            self._load(report)
+
+    def _load(self, report: Callable[[int, int], None]) -> None:
         config = self._plan.config
         if config.load_format == "dummy":
             load_dummy(self._decoder, config.seed)
@@ -135,7 +143,8 @@ class TorchExecutor:
         if config.num_kv_blocks is not None:
             return config.num_kv_blocks + 1
         per_block = self._attention.cache_bytes_per_block(self._cache_spec(1))
-        budget = config.kv_cache_memory_bytes or self._free_bytes()
+        with explain_out_of_memory(self.device, "running the largest step", _STEP_KNOBS):
+            budget = config.kv_cache_memory_bytes or self._free_bytes()
         num_blocks = min(int(budget) // per_block, self._most_useful_blocks())
         asked = config.max_model_len or self._plan.block_size
         needed = -(-asked // self._plan.block_size) + 1
@@ -149,6 +158,10 @@ class TorchExecutor:
 
     def allocate(self, num_blocks: int, /) -> None:
         """Allocate the KV cache and the rows' state, for sequences that this cache can hold."""
+        with explain_out_of_memory(self.device, "allocating the KV cache", _CACHE_KNOBS):
+            self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> None:
         max_model_len = self._plan.fit_model_len(num_blocks)
         if max_model_len < self._plan.max_model_len:
             self._decoder.limit_length(max_model_len)
@@ -280,7 +293,10 @@ class TorchExecutor:
             launched.error = RuntimeError("not run: this rank has failed in an earlier step")
             return
         try:
-            with torch.inference_mode():
+            with (
+                torch.inference_mode(),
+                explain_out_of_memory(self.device, f"step {plan.step}", _STEP_KNOBS),
+            ):
                 self._launch(launched)
         except Exception as error:  # noqa: BLE001  kept for collect, so that steps stay in order
             launched.error = error

@@ -47,7 +47,7 @@ def parse_counts(flag: str, text: str) -> list[int]:
     :raises ConfigError: it is none.
     """
     values = parse_numbers(flag, text)
-    if any(value != math.floor(value) or math.isinf(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise ConfigError(f"{flag} {text!r} must be whole numbers, separated by commas")
     return [int(value) for value in values]
 
