@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from core.bench.workloads import VOCAB_SIZE
-from core.config import DEFAULT_ORIGIN
 from core.errors import ConfigError
 from core.interfaces import SupportsIdleWork
 from core.request import SamplingParams
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     from core.engine import EngineCore
     from core.llm import LLM
 
+MANY_ROWS: Final = 1024
+MANY_TOKENS: Final = 8192
+"""What a GPU has by default: a batch that needs more than a CPU's default gets these or more."""
 PERCENTILES: Final = (10, 25, 50, 75, 90, 99)
 
 
@@ -26,10 +28,7 @@ def adapt_config(config: EngineConfig, **wanted: Any) -> EngineConfig:
 
     :param wanted: values of settings.
     """
-    changed = {
-        name: value for name, value in wanted.items() if config.origin_of(name) == DEFAULT_ORIGIN
-    }
-    return config.model_copy(update=changed)
+    return config.with_defaults(wanted, "for the benchmark")
 
 
 def adapt_to_batch(config: EngineConfig, batch_size: int) -> EngineConfig:
@@ -37,12 +36,13 @@ def adapt_to_batch(config: EngineConfig, batch_size: int) -> EngineConfig:
 
     :raises ConfigError: a setting that somebody made does not allow such a batch.
     """
-    config = adapt_config(
-        config,
-        enable_prefix_caching=False,
-        max_num_seqs=max(config.max_num_seqs, batch_size),
-        max_num_batched_tokens=max(config.max_num_batched_tokens, batch_size),
-    )
+    config = adapt_config(config, enable_prefix_caching=False)
+    # What is enough stays unset: what a device has by default is what is to be measured.
+    if batch_size > config.max_num_batched_tokens:
+        config = adapt_config(config, max_num_batched_tokens=max(MANY_TOKENS, batch_size))
+    if batch_size > config.max_num_seqs:
+        rows = max(batch_size, min(MANY_ROWS, config.max_num_batched_tokens))
+        config = adapt_config(config, max_num_seqs=rows)
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if (limit := getattr(config, name)) < batch_size:
             raise ConfigError(

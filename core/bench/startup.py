@@ -25,6 +25,7 @@ import numpy as np
 
 from core.bench.offline import PERCENTILES, adapt_config
 from core.bench.progress import show_progress
+from core.config import DEFAULT_ORIGIN
 from core.errors import CytheraError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ CACHE_VARIABLES: Final = {
     "XDG_CACHE_HOME": "xdg",
 }
 """Where compilers, drivers and cythera itself keep what they have made, by variable."""
+NOT_FLAGS: Final = frozenset({"model", "host", "port"})
+"""Settings that the measurement makes itself."""
 POLL_SECONDS: Final = 0.01
 STOP_SECONDS: Final = 60.0
 TAIL: Final = 2000
@@ -74,9 +77,9 @@ class _Starting:
 
     def measure(self, caches: Path) -> Startup:
         """Start the server, wait for its first token, and end it."""
-        settings = self._folder / "engine.toml"
-        settings.write_text(self._config.to_toml(), encoding="utf-8")
-        command = [sys.executable, "-m", "core", "serve", "--config", str(settings)]
+        config, flags = self._config, to_flags(self._config)
+        address = ["--host", "127.0.0.1", "--port", str(self._port)]
+        command = [sys.executable, "-m", "core", "serve", config.model, *flags, *address]
         own = {name: value for name, value in os.environ.items() if not name.startswith("CYTHERA_")}
         # What was downloaded is no compiled kernel.
         hub = Path(own.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
@@ -164,6 +167,36 @@ class _Starting:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+def to_flags(config: EngineConfig) -> list[str]:
+    """Write what somebody has set as flags of `serve`; what is unset stays so, and keys are left out."""
+    flags = []
+    for name, value in config.to_dict().items():
+        flag = "--" + name.replace("_", "-")
+        if name == "plugin_settings":
+            for plugin, settings in value.items():
+                flags += [
+                    word
+                    for key, item in settings.items()
+                    for word in ("--set", f"{plugin}.{key}={_toml(item)}")
+                ]
+        elif name in NOT_FLAGS or config.origin_of(name) == DEFAULT_ORIGIN or value is None:
+            continue
+        elif isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag}={','.join(value) if isinstance(value, list) else value}")
+    return flags
+
+
+def _toml(value: Any) -> str:
+    """Write a setting of a plugin as TOML, which differs from JSON in its tables."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {_toml(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)
 
 
 def measure(

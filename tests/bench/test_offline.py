@@ -29,14 +29,25 @@ def _no_settings_of_the_machine(monkeypatch):
 # --- settings --------------------------------------------------------------------------------------
 
 
-def test_a_measurement_changes_defaults_only():
-    config = offline.adapt_to_batch(load_config({**NULL}), 4000)
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "tokens"), [(128, 128, 2048), (129, 1024, 2048), (4000, 4000, 8192)]
+)
+def test_a_batch_gets_the_rows_and_tokens_that_it_needs(batch_size, rows, tokens):
+    config = offline.adapt_to_batch(load_config(NULL), batch_size)
     assert config.enable_prefix_caching is False
-    assert (config.max_num_seqs, config.max_num_batched_tokens) == (4000, 4000)
+    assert (config.max_num_seqs, config.max_num_batched_tokens) == (rows, tokens)
+    # What is unset may still become more where the device has other defaults; what is needed stays.
+    is_set = config.origin_of("max_num_seqs") != "default"
+    assert is_set == (batch_size > 128)
+
+
+def test_what_somebody_has_set_stays():
     stated = load_config({**NULL, "enable_prefix_caching": True, "max_num_seqs": 9})
     kept = offline.adapt_to_batch(stated, 9)
     assert (kept.enable_prefix_caching, kept.max_num_seqs) == (True, 9)
     assert kept.origin_of("max_num_seqs") == "argument max_num_seqs"
+    few = load_config({**NULL, "max_num_batched_tokens": 200})
+    assert offline.adapt_to_batch(few, 150).max_num_seqs == 200
 
 
 def test_a_batch_that_a_setting_splits_is_refused():

@@ -11,6 +11,7 @@ from core.bench import startup
 from core.bench.null_executor import NAME
 from core.bench.startup import CACHE_VARIABLES, Startup
 from core.cli import main
+from core.config import load_config
 
 FLAGS = ["demo", "--plugins", NAME, "--executor", "null", "--device", "cpu"]
 RUNS = [
@@ -38,6 +39,31 @@ def test_a_real_start(tmp_path, capsys, monkeypatch):
     assert result["warm"] == {"runs": []}
     out = capsys.readouterr().out.splitlines()
     assert out[1].split()[:2] == ["cold", "1"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_seqs": 7, "dtype": "float32", "gpu_memory_utilization": 0.25},
+        {"enforce_eager": True, "enable_prefix_caching": False, "load_format": "dummy"},
+        {"plugins": ("a.b", "no:c.d"), "served_model_name": ("x", "y")},
+        {"plugin_settings": {"a.b": {"size": 2, "name": "2", "list": [1, "x"], "on": True}}},
+        {"plugin_settings": {"py:a.b": {"step_ms": 0.5, "table": {"x": [{"y": 1}], "z": False}}}},
+        {"api_key": ("k",), "cluster_key": "k"},
+    ],
+)
+def test_servers_get_what_was_set_and_nothing_else(settings, capsys):
+    config = load_config({"model": "m", **settings, "host": "0.0.0.0", "port": 9})  # noqa: S104
+    flags = startup.to_flags(config)
+    assert "k" not in " ".join(flags).split("=")
+    assert main(["config", "show", "--json", "--origin", "m", *flags]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    for name, value in config.to_dict().items():
+        if name not in ("host", "port"):
+            assert shown[name]["value"] == value
+            is_set = name in {"model", *settings} - {"plugin_settings"}
+            assert (shown[name]["origin"] != "default") == is_set, name
 
 
 def test_a_server_that_does_not_start_says_why(capsys):
@@ -70,8 +96,6 @@ def test_warm_starts_find_what_the_last_cold_one_left(monkeypatch, num_cold, num
         return starting._result
 
     monkeypatch.setattr(startup._Starting, "measure", start)
-    from core.config import load_config  # noqa: PLC0415  beside its only use
-
     results = startup.measure(
         load_config({"model": "demo"}), num_cold=num_cold, num_warm=num_warm, timeout=1.0
     )
