@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 DEFAULT_PLUGINS: Final = (
     "core.builtin",
     "attention.torch",
+    "attention.triton",
     "quant.awq",
     "quant.gptq",
     "quant.fp8",

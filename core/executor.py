@@ -169,15 +169,18 @@ class TorchExecutor:
         self._attention.allocate_cache(self._cache_spec(num_blocks))
         if self._kv_scales is not None and isinstance(self._attention, SupportsQuantizedKV):
             self._attention.set_kv_scales(self._kv_scales.keys, self._kv_scales.values)
+        self._allocate_sampler(max_model_len)
+        self._graphs = self._make_graphs()
+        if self._graphs is not None:
+            self._graphs.capture_first()
+
+    def _allocate_sampler(self, max_model_len: int) -> None:
         self._sampler.allocate(
             self._plan.config.max_num_seqs + 1,  # one for the padding of captured steps
             self._plan.model.vocab_size,
             max_model_len,
             self.device,
         )
-        self._graphs = self._make_graphs()
-        if self._graphs is not None:
-            self._graphs.capture_first()
 
     def close(self) -> None:
         """Forget the steps in flight, and give the memory of graphs back."""
@@ -228,6 +231,7 @@ class TorchExecutor:
             return int(total * _CPU_MEMORY_SHARE)
         config = self._plan.config
         self._attention.allocate_cache(self._cache_spec(2))
+        self._allocate_sampler(self._plan.max_model_len)
         activations = self._measure_activations()
         graphs = self._measure_graphs()
         torch.cuda.empty_cache()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 NO_WINDOW: Final = 1 << 30
 FP8: Final = torch.float8_e4m3fn
 PLAN_BLOCK: Final = 1024
-WRITE_HEADS: Final = 8
 
 
 @dataclass(slots=True)
@@ -227,15 +226,16 @@ class TritonAttention:
         meta: StepMeta,
     ) -> None:
         layer, batch = self._layers[spec.layer], meta.batch
-        num_programs = triton.cdiv(spec.num_kv_heads, WRITE_HEADS)
+        num_tokens, block_h = q.shape[0], self._tuning.write_heads
+        num_programs = triton.cdiv(num_tokens * spec.num_kv_heads, block_h)
         if cos is not None:
-            num_programs += triton.cdiv(spec.num_heads, WRITE_HEADS)
-        write[(q.shape[0], num_programs)](
+            num_programs += triton.cdiv(num_tokens * spec.num_heads, block_h)
+        write[(num_programs,)](
             q, k, v, layer.k, layer.v, layer.k_scales, layer.v_scales, cos, sin,
-            batch.positions, batch.slots, *strides,
+            batch.positions, batch.slots, num_tokens, *strides,
             spec.num_kv_heads, spec.num_heads, spec.head_dim,
             0 if cos is None else 2 * cos.shape[1],
-            self._spec.block_size, WRITE_HEADS, self._is_narrow, layer.k_scales is not None,
+            self._spec.block_size, block_h, self._is_narrow, layer.k_scales is not None,
             self._has_pdl, num_warps=4, launch_pdl=self._has_pdl,
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Card:
 
 
 NO_CARD: Final = Card(num_sms=3, capability=(0, 0), shared_bytes=96 << 10)
-"""Triton's interpreter: few programs, as they run one after another."""
+"""Triton's interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,16 @@ class Tuning:
 
     decode: DecodeTuning
     prefill: PrefillTuning
+    write_heads: int = 16
+    """Heads that one program rotates and stores."""
+
+
+FOR_INTERPRETER: Final = Tuning(
+    DecodeTuning(block_n=32, num_ctas=6, min_tiles=1, num_warps=1, num_stages=1, is_fused=True),
+    PrefillTuning(block_m=128, block_n=64, num_warps=1, num_stages=1, has_boxes=False),
+    write_heads=512,
+)
+"""Few programs, as they run one after another."""
 
 
 def describe_card(device: torch.device) -> Card:
@@ -99,6 +109,8 @@ def choose_tuning(card: Card, head_dim: int, block_size: int, kv_itemsize: int) 
     :param head_dim: padded to a power of two.
     :param kv_itemsize: bytes of a number of the cache.
     """
+    if card == NO_CARD:
+        return FOR_INTERPRETER
     return Tuning(
         _choose_decode(card, 2 * head_dim * kv_itemsize, block_size),
         _choose_prefill(card, head_dim, block_size, kv_itemsize),
