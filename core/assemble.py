@@ -46,6 +46,7 @@ DEFAULT_PLUGINS: Final = (
     "core.builtin",
     "attention.torch",
     "attention.triton",
+    "quant.dense",
     "quant.awq",
     "quant.gptq",
     "quant.fp8",

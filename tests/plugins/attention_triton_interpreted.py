@@ -70,6 +70,9 @@ def patch_language_once(function):
 
 
 interpreter._patch_lang = patch_language_once
+# A third of the time.
+options = interpreter.interpreter_builder.options
+interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
 
 
 def unsupported(requirements):
@@ -86,8 +89,12 @@ class TestTritonAttention(AttentionConformance):
     block_sizes = (16, 32)  # the larger ones take long to fill with NaN
 
     def cases(self, **fixed):
-        small = {"rows": row_lists(max_rows=3), "chunk": st.integers(10, 20)}
-        return super().cases(**(small | fixed))
+        rows = fixed.get("rows", row_lists(max_rows=3))
+        return super().cases(**(fixed | {"rows": rows.map(shorten)}))
+
+
+def shorten(rows):
+    return tuple((start % 24, min(count, 12)) for start, count in rows)
 
 
 def make_case(**changes):
@@ -140,8 +147,7 @@ def test_shapes_match_dense_attention(changes):
         rig.verify(row, TOLERANCES[case.dtype])
 
 
-@pytest.mark.parametrize("num_ctas", [1, 3, 400])
-@pytest.mark.parametrize("min_tiles", [1, 3])
+@pytest.mark.parametrize(("num_ctas", "min_tiles"), [(1, 1), (3, 1), (3, 3), (400, 1)])
 def test_any_grid_gives_the_same(num_ctas, min_tiles):
     case = make_case(rows=((100, 1), (0, 1), (63, 1), (15, 2)))
     backend = make_backend(case, num_ctas=num_ctas, min_tiles=min_tiles, block_n=16)
@@ -168,7 +174,7 @@ def rotate_then_forward(backend, qkv, cos, sin, spec, batch):
     return backend.forward(q, k, v, spec, backend.prepare(batch)).flatten(1)
 
 
-@settings(FEW, max_examples=10)
+@settings(FEW, max_examples=5)
 @given(
     rows=row_lists(max_rows=3),
     only_decodes=st.booleans(),

@@ -1,1 +1,53 @@
-"""Linear layers whose weights are stored as they are, with norm, gate and residual in their kernels."""
+"""Linear layers of unquantized weights on a GPU: fused kernels for few tokens, cuBLAS for many."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Final
+
+from core.hookspecs import hookimpl
+from core.registry import QuantizerEntry, Requirements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from core.interfaces import QuantScheme
+    from core.plan import Plan
+
+core_api = "1.0"
+
+DTYPES: Final = ("bfloat16", "float16")
+
+
+def make_scheme(plan: Plan) -> QuantScheme:
+    """Build the scheme; only now are torch and triton imported."""
+    from plugins.quant.dense.scheme import DenseScheme  # noqa: PLC0415  listing needs no torch
+
+    return DenseScheme(plan)
+
+
+def unsupported(requirements: Requirements) -> list[str]:
+    """Every reason why the kernels cannot serve the requirements."""
+    reasons = []
+    if requirements.device != "cuda":
+        reasons.append(f"device {requirements.device!r} is not cuda")
+    if requirements.dtype not in DTYPES:
+        reasons.append(f"dtype {requirements.dtype!r} is none of {', '.join(DTYPES)}")
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed; pip install cythera[cuda]")
+    return reasons
+
+
+@hookimpl
+def core_register_quantizers() -> Iterable[QuantizerEntry]:
+    """Offer the scheme for checkpoints that are not quantized."""
+    return [
+        QuantizerEntry(
+            name="dense",
+            factory=make_scheme,
+            unsupported=unsupported,
+            serves_plain=True,
+            priority=100,
+            summary="unquantized weights on a GPU, with fused kernels",
+        )
+    ]
