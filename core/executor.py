@@ -13,7 +13,7 @@ import torch
 from core.batch import BatchState, Draws, StepBatch, StepInputs, StepShape
 from core.device_memory import explain_out_of_memory
 from core.errors import CapacityError, PlanError
-from core.graphs import StepGraph, StepGraphs, decode_sizes
+from core.graphs import StepGraph, StepGraphs, decode_shapes, in_order_of_need, prompt_shapes
 from core.interfaces import KVCacheSpec, SupportsQuantizedKV, SupportsSamplerCapture
 from core.model.decoder import make_decoder
 from core.model.kv_scales import KVScales, needs_scales
@@ -280,12 +280,12 @@ class TorchExecutor:
         return torch.cuda.max_memory_reserved(self.device) - before
 
     def _measure_graphs(self) -> int:
-        """Bytes that all graphs will take, by capturing the largest one twice."""
+        """Bytes that all graphs will take, by capturing the largest ones."""
         graphs = self._make_graphs()
         if graphs is None:
             return 0
         first, second = graphs.measure()
-        return first + second * (graphs.num_sizes - 1)
+        return first + second * (graphs.num_shapes - 2)
 
     # --- steps ---
 
@@ -337,24 +337,30 @@ class TorchExecutor:
             launched.done.record(torch.cuda.current_stream(self.device))
 
     def _find_graph(self, plan: StepPlan) -> StepGraph | None:
-        if self._graphs is None or plan.num_decodes < len(plan.rows):
+        if self._graphs is None or self._wants_prompt_logprobs(plan):
             return None
-        return self._graphs.find(len(plan.rows))
+        return self._graphs.find(_shape_of(plan))
+
+    def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
+        """Whether the stream of tokens that do not draw is wanted too."""
+        rows = plan.rows[plan.num_decodes :]
+        return any(self._entries[row].params.prompt_logprobs is not None for row in rows)
 
     def _replay(self, launched: _Launched, graph: StepGraph) -> None:
-        """Run a step in which all rows decode."""
+        """Run a step through its graph."""
         plan, inputs = launched.plan, graph.inputs
         if self._graphs is None:
             raise RuntimeError("there are no graphs")
         inputs.upload(self._state.describe(plan, inputs.shape))
-        num_rows = len(plan.rows)
-        launched.sampling = list(range(num_rows))
-        key = self._capture_key(plan.rows)
+        launched.sampling = _sampling_rows(plan)
+        count = len(launched.sampling)
+        row_list = [plan.rows[index] for index in launched.sampling]
+        key = self._capture_key(row_list) if count else None
         tokens = self._graphs.replay(graph, key)
         if tokens is not None:
-            launched.tokens = self._to_host(tokens[:num_rows])
-            return
-        self._launch_sampling(launched, inputs.draws.first(num_rows), graph.stream[:num_rows])
+            launched.tokens = self._to_host(tokens[:count])
+        elif count:
+            self._launch_sampling(launched, inputs.draws.first(count), graph.stream[:count])
 
     def _capture_key(self, row_list: Sequence[int]) -> Hashable | None:
         sampler = self._sampler
@@ -362,8 +368,8 @@ class TorchExecutor:
 
     def _run_eagerly(self, launched: _Launched) -> None:
         plan = launched.plan
-        launched.sampling = [index for index, samples in enumerate(plan.samples) if samples]
-        shape = StepShape(plan.num_tokens, len(plan.rows), len(launched.sampling))
+        launched.sampling = _sampling_rows(plan)
+        shape = _shape_of(plan)
         inputs = StepInputs(shape, self.device)
         inputs.upload(self._state.describe(plan, shape))
         stream = self._forward(self._state.make_batch(inputs, plan))
@@ -467,9 +473,11 @@ class TorchExecutor:
             return None
         sampler = self._sampler
         keys = sampler.capture_keys() if isinstance(sampler, SupportsSamplerCapture) else []
-        sizes = decode_sizes(self._plan.config.max_num_seqs)
+        config = self._plan.config
+        decodes = decode_shapes(config.max_num_seqs)
+        prompts = prompt_shapes(config.max_num_seqs, config.max_num_batched_tokens)
         return StepGraphs(
-            sizes,
+            in_order_of_need(decodes, prompts),
             self.device,
             keys=keys,
             run=self._run_captured,
@@ -505,6 +513,15 @@ class TorchExecutor:
         tokens = self._sampler.sample_captured(logits, SampleRows(rows, positions, ()), key)
         self._state.store(rows, positions, tokens)
         return tokens
+
+
+def _sampling_rows(plan: StepPlan) -> list[int]:
+    """Return the indices of the scheduled rows that sample."""
+    return [index for index, samples in enumerate(plan.samples) if samples]
+
+
+def _shape_of(plan: StepPlan) -> StepShape:
+    return StepShape(plan.num_tokens, len(plan.rows), sum(plan.samples))
 
 
 def _to_result(launched: _Launched) -> StepResult:

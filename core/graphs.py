@@ -1,10 +1,10 @@
 """CUDA graphs of whole steps: input preparation, layers, head, drawing and storing what was drawn.
 
-A graph has room for a number of rows and serves every step with fewer: what is missing is padding.
-Graphs of steps in which all rows decode are captured, since those are short and many; a step with a
-prompt in it keeps the device busy for longer than launching it takes.  The pair of a step's two
-graphs shares its memory with all others: one ends before the next one begins.
+A graph has room for some tokens and rows, and serves every step with fewer: what is missing is padding.
+Two families are captured.  In the one all rows decode, so a size says it all.  In the other some rows
+have prompts; those are short enough that launching them would take longer than running them.
 
+The pair of a step's two graphs shares its memory with all others: one ends before the next one begins.
 The first one ends with the last layer.  The second one scores and draws; what that means depends on
 the rows, so there is one for each kind of drawing (see `core.interfaces.SupportsSamplerCapture`),
 captured when it is first needed, for it is short.
@@ -12,7 +12,6 @@ captured when it is first needed, for it is short.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -24,23 +23,33 @@ if TYPE_CHECKING:
 
 NUM_BEFORE_READY: Final = 10
 """Graphs that are captured before the engine is ready; the others follow while it is idle."""
-CHEAP_SIZE: Final = 128
-"""Up to so many rows a step is bound by reading the weights, and padding costs next to nothing."""
+CHEAP_TOKENS: Final = 128
+"""Up to so many tokens a step is bound by reading the weights, and padding costs next to nothing."""
 MAX_PADDING: Final = 1.2
-"""Beyond that, the size of a graph at most, as a multiple of the rows that there are."""
+"""Beyond that, the tokens of a graph at most, as a multiple of those that there are."""
+MAX_ROWS: Final = 1024
+PROMPT_TOKENS: Final = (*range(64, 513, 64), *range(640, 1025, 128))
+PROMPT_ROWS: Final = (8, 128)
 
 
-def decode_sizes(limit: int) -> list[int]:
-    """List the numbers of rows to capture, ascending: dense where a padded row costs most."""
+def decode_shapes(max_rows: int) -> list[StepShape]:
+    """List shapes in which all rows decode, ascending: dense where a padded row costs most."""
     sizes = [
         *range(1, 8),
         *range(8, 128, 8),
         *range(128, 256, 16),
         *range(256, 512, 32),
-        *range(512, 1024, 64),
+        *range(512, MAX_ROWS, 64),
     ]
-    sizes = [size for size in sizes if size < limit]
-    return [*sizes, min(limit, 1024)]
+    sizes = [*(size for size in sizes if size < max_rows), min(max_rows, MAX_ROWS)]
+    return [StepShape(size, size, size) for size in sizes]
+
+
+def prompt_shapes(max_rows: int, max_tokens: int) -> list[StepShape]:
+    """List shapes with room for prompts, ascending."""
+    rows = sorted({min(count, max_rows) for count in PROMPT_ROWS})
+    shapes = [StepShape(tokens, count, count) for tokens in PROMPT_TOKENS for count in rows]
+    return [shape for shape in shapes if shape.num_rows < shape.num_tokens <= max_tokens]
 
 
 class StepGraph:
@@ -58,7 +67,7 @@ class StepGraph:
 class StepGraphs:
     """Captures steps and finds the one to replay.
 
-    :param sizes: numbers of rows, ascending.
+    :param shapes: what to capture, the most needed first.
     :param keys: kinds of drawing to capture along with each.
     :param run: computes the stream of the rows that draw, from the inputs of a step.
     :param score: computes their logits.
@@ -67,7 +76,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        sizes: Sequence[int],
+        shapes: Sequence[StepShape],
         device: torch.device,
         *,
         keys: Sequence[Hashable],
@@ -81,41 +90,37 @@ class StepGraphs:
         self._score = score
         self._draw = draw
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, StepGraph] = {}
-        self._captured: list[int] = []  # sizes, ascending
-        self._sizes = sizes
-        self._missing = _in_order_of_need(sizes)
+        self._shapes = list(shapes)
+        self._missing = list(shapes)
+        self._graphs: dict[StepShape, StepGraph] = {}
+        self._captured: list[StepShape] = []  # ascending
 
     @property
-    def num_sizes(self) -> int:
+    def num_shapes(self) -> int:
         """Shapes that there will be in the end."""
-        return len(self._sizes)
+        return len(self._shapes)
 
     @property
     def num_captured(self) -> int:
         """Shapes that can be replayed."""
         return len(self._captured)
 
-    def find(self, num_rows: int) -> StepGraph | None:
-        """Return the graph that wastes least on a step in which so many rows decode.
+    def find(self, needed: StepShape) -> StepGraph | None:
+        """Return the graph that wastes least on a step.
 
         None if each would waste more than launching the step without one costs.
         """
-        index = bisect_left(self._captured, num_rows)
-        if index == len(self._captured):
-            return None
-        size = self._captured[index]
-        is_worth_it = size <= CHEAP_SIZE or size <= MAX_PADDING * num_rows
-        return self._graphs[size] if is_worth_it else None
+        limit = max(CHEAP_TOKENS, MAX_PADDING * needed.num_tokens)
+        for shape in self._captured:
+            if can_hold(shape, needed):
+                return self._graphs[shape] if shape.num_tokens <= limit else None
+        return None
 
     def capture_first(self) -> None:
         """Capture those without which the engine should not start, the largest first."""
-        wanted, self._missing = (
-            self._missing[:NUM_BEFORE_READY],
-            self._missing[NUM_BEFORE_READY:],
-        )
-        for size in sorted(wanted, reverse=True):
-            self._capture(size)
+        wanted, self._missing = self._missing[:NUM_BEFORE_READY], self._missing[NUM_BEFORE_READY:]
+        for shape in sorted(wanted, reverse=True):
+            self._capture(shape)
 
     def capture_next(self) -> bool:
         """Capture one more; whether any is left."""
@@ -124,15 +129,18 @@ class StepGraphs:
         return bool(self._missing)
 
     def measure(self) -> tuple[int, int]:
-        """Capture the largest shape twice.
+        """Capture the largest shapes, and one of them once more.
 
-        :return: bytes that the first one took, pool included, and those that each further one takes.
+        :return: bytes that the first ones took, pool included, and those that each further one takes.
         """
+        largest = [max(self._shapes), max(self._shapes, key=lambda shape: shape.num_rows)]
         taken = []
-        for _ in range(2):
+        kept = []  # or a shape that is captured again would leave its memory to its successor
+        for shapes in (largest, largest[:1]):
             before, _ = torch.cuda.mem_get_info(self._device)
-            kept = self._graphs.get(self._sizes[-1])  # noqa: F841  holds its memory till the end
-            self._capture(self._sizes[-1])
+            for shape in shapes:
+                self._capture(shape)
+                kept.append(self._graphs[shape])
             after, _ = torch.cuda.mem_get_info(self._device)
             taken.append(max(0, before - after))
         return taken[0], taken[1]
@@ -153,8 +161,8 @@ class StepGraphs:
         return tokens
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> None:
-        inputs = StepInputs(StepShape(size, size, size), self._device)
+    def _capture(self, shape: StepShape) -> None:
+        inputs = StepInputs(shape, self._device)
         graph = StepGraph(inputs)
         # Once before, so that nothing is compiled or allocated for good inside.
         self._score(self._run(inputs))
@@ -163,7 +171,7 @@ class StepGraphs:
             graph.stream = self._run(inputs)
         for key in self._keys:
             self._capture_draw(graph, key)
-        self._graphs[size] = graph
+        self._graphs[shape] = graph
         self._captured = sorted(self._graphs)
 
     @torch.inference_mode()
@@ -175,11 +183,19 @@ class StepGraphs:
         graph.draws[key] = (drawing, tokens)
 
 
-def _in_order_of_need(sizes: Sequence[int]) -> list[int]:
+def can_hold(shape: StepShape, needed: StepShape) -> bool:
+    """Whether a step fits into a captured shape; one in which all rows decode fits only its like."""
+    if shape.is_decode != needed.is_decode:
+        return False
+    return all(room >= count for room, count in zip(shape, needed, strict=True))
+
+
+def in_order_of_need(decodes: Sequence[StepShape], prompts: Sequence[StepShape]) -> list[StepShape]:
     """Sort so that any first few cover the whole range: powers of two and the largest lead."""
-    powers = [size for size in sizes if size & (size - 1) == 0]
-    leading = {*powers[-NUM_BEFORE_READY + 1 :], sizes[-1]}
-    if sizes[0] not in leading:
-        leading = {sizes[0], *sorted(leading)[1:]}
-    rest = [size for size in reversed(sizes) if size not in leading]
-    return [*sorted(leading, reverse=True), *rest]
+    powers = [shape for shape in decodes if shape.num_rows & (shape.num_rows - 1) == 0]
+    leading = {decodes[0], decodes[-1], *powers[-NUM_BEFORE_READY + 2 :]}
+    others = [shape for shape in decodes if shape not in leading]
+    # Alternating, since nobody knows what comes first.
+    paired = [shape for pair in zip(prompts, reversed(others), strict=False) for shape in pair]
+    rest = [shape for shape in [*prompts, *reversed(others)] if shape not in set(paired)]
+    return [*sorted(leading, reverse=True), *paired, *rest]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.batch import BatchState, StepInputs, StepShape
-from core.graphs import NUM_BEFORE_READY, _in_order_of_need, decode_sizes
+from core.graphs import NUM_BEFORE_READY, can_hold, decode_shapes, in_order_of_need, prompt_shapes
 from core.request import SamplingParams
 from core.step import BlockAppend, RowEntry, StepPlan
 
@@ -122,7 +122,9 @@ def test_mixed_steps_can_be_padded_too(plan, num_tokens, num_rows):
 
 @given(st.integers(1, 3000))
 def test_sizes_to_capture_ascend_to_the_limit_and_lose_little(limit):
-    sizes = decode_sizes(limit)
+    shapes = decode_shapes(limit)
+    assert all(shape.is_decode for shape in shapes)
+    sizes = [shape.num_rows for shape in shapes]
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == min(limit, 1024)
@@ -130,11 +132,28 @@ def test_sizes_to_capture_ascend_to_the_limit_and_lose_little(limit):
         assert large - small <= max(8, small // 7)
 
 
-@given(st.integers(1, 3000))
-def test_the_first_sizes_cover_the_whole_range(limit):
-    sizes = decode_sizes(limit)
-    order = _in_order_of_need(sizes)
-    assert sorted(order) == sizes
+@given(st.integers(1, 3000), st.integers(1, 9000))
+def test_shapes_with_prompts_are_no_decodes_and_within_the_limits(max_rows, max_tokens):
+    for shape in prompt_shapes(max_rows, max_tokens):
+        assert not shape.is_decode
+        assert shape.num_rows <= max_rows
+        assert shape.num_tokens <= max_tokens
+
+
+@given(st.integers(1, 3000), st.integers(1, 9000))
+def test_the_first_shapes_cover_the_whole_range(max_rows, max_tokens):
+    decodes, prompts = decode_shapes(max_rows), prompt_shapes(max_rows, max_tokens)
+    order = in_order_of_need(decodes, prompts)
+    assert sorted(order) == sorted([*decodes, *prompts])
     first = order[:NUM_BEFORE_READY]
-    assert sizes[0] in first
-    assert sizes[-1] in first
+    assert decodes[0] in first
+    assert decodes[-1] in first
+
+
+def test_a_step_fits_into_a_shape_of_its_kind_that_is_large_enough():
+    assert can_hold(StepShape(8, 8, 8), StepShape(5, 5, 5))
+    assert not can_hold(StepShape(8, 8, 8), StepShape(9, 9, 9))
+    assert can_hold(StepShape(64, 8, 8), StepShape(60, 3, 2))
+    assert not can_hold(StepShape(64, 8, 8), StepShape(60, 9, 2))
+    assert not can_hold(StepShape(64, 8, 8), StepShape(5, 5, 5))  # decodes have their own
+    assert not can_hold(StepShape(8, 8, 8), StepShape(6, 3, 3))

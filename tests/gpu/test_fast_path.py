@@ -167,7 +167,7 @@ def test_all_sizes_are_captured_in_the_end_and_nothing_is_compiled_after_that(pa
     with LLM(str(path), **SETTINGS) as llm:
         graphs = executor_of(llm)._graphs
         assert graphs is not None
-        assert graphs.num_captured == graphs.num_sizes
+        assert graphs.num_captured == graphs.num_shapes
         llm.generate(make_prompts(50), SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
         compiled: list[Any] = []
         hook = triton.knobs.runtime.jit_post_compile_hook

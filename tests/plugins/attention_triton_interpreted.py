@@ -166,10 +166,10 @@ def rotary_tables(length, rotary_dim, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate_then_forward(backend, qkv, cos, sin, spec, batch):
+def rotate_then_forward(backend, qkv, rotary, spec, batch):
     counts = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
     q, k, v = torch.split(qkv.view(len(qkv), -1, spec.head_dim), counts, dim=1)
-    wide = (x.float()[batch.positions].unsqueeze(1) for x in (cos, sin))
+    wide = (x.float()[batch.positions].unsqueeze(1) for x in rotary)
     q, k = (x.to(qkv.dtype) for x in apply_rotary(q.float(), k.float(), *wide))
     return backend.forward(q, k, v, spec, backend.prepare(batch)).flatten(1)
 
@@ -186,10 +186,12 @@ def rotate_then_forward(backend, qkv, cos, sin, spec, batch):
     softcap=st.sampled_from([None, 5.0]),
     kv_cache_dtype=st.sampled_from(["auto", "fp8"]),
 )
-def test_rotating_is_what_rotating_before_would_be(
+def test_rotating_is_what_rotating_before_would_be(  # noqa: PLR0917  hypothesis passes them by name
     rows, only_decodes, is_fused, rotary_dim, head_dim, group, window, softcap, kv_cache_dtype
 ):
-    rows = sorted(((start, 1 if only_decodes else count) for start, count in rows), key=lambda x: x[1] != 1)
+    rows = sorted(
+        ((start, 1 if only_decodes else count) for start, count in rows), key=lambda x: x[1] != 1
+    )
     case = make_case(
         dtype="float16", head_dim=head_dim, group=group, rows=tuple(rows), kv_cache_dtype=kv_cache_dtype
     )
@@ -204,7 +206,7 @@ def test_rotating_is_what_rotating_before_would_be(
     generator = torch.Generator().manual_seed(1)
     qkv = torch.randn(sum(counts), (2 * group + 4) * head_dim, generator=generator).half()
     cos, sin = rotary_tables(100, rotary_dim or head_dim, torch.float16)
-    expected = rotate_then_forward(backends[0], qkv, cos, sin, spec, batch)
+    expected = rotate_then_forward(backends[0], qkv, (cos, sin), spec, batch)
     assert not backends[1].rotary_objections(spec, rotary_dim or head_dim)
     actual = backends[1].forward_rotary(qkv.clone(), cos, sin, spec, backends[1].prepare(batch))
     torch.testing.assert_close(actual, expected, atol=4e-3, rtol=4e-3)
@@ -288,10 +290,12 @@ def make_converter():
     import triton.language as tl  # noqa: PLC0415  as above
 
     @triton.jit
-    def convert(x, scales, codes, wide, n, BLOCK: tl.constexpr):
+    def convert(x, scales, codes, wide, n, BLOCK: tl.constexpr):  # noqa: N803, PLR0917  as kernels do
         i = tl.arange(0, BLOCK)
         is_real = i < n
-        code = narrow(tl.load(x + i, mask=is_real, other=0.0), tl.load(scales + i, mask=is_real, other=1.0))
+        code = narrow(
+            tl.load(x + i, mask=is_real, other=0.0), tl.load(scales + i, mask=is_real, other=1.0)
+        )
         tl.store(codes + i, code, mask=is_real)
         tl.store(wide + i, widen(code, tl.float32, False), mask=is_real)
 
@@ -316,7 +320,11 @@ def test_codes_are_those_of_the_oracle():
 
 
 def test_not_a_number_stays_none():
-    x, stored, wide = torch.tensor([math.nan, -math.nan]), torch.empty(2, dtype=torch.uint8), torch.empty(2)
+    x, stored, wide = (
+        torch.tensor([math.nan, -math.nan]),
+        torch.empty(2, dtype=torch.uint8),
+        torch.empty(2),
+    )
     make_converter()[(1,)](x, torch.ones(2), stored, wide, 2, 2)
     assert stored.view(torch.float8_e4m3fn).float().isnan().all()
     assert wide.isnan().all()

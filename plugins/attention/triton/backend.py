@@ -69,10 +69,10 @@ class StepMeta:
 
 
 class TritonAttention:
-    """Attention on CUDA devices; fulfils `core.interfaces.AttentionBackend` and its optional parts
-    `SupportsQuantizedKV`, `SupportsCudaGraph` and `SupportsRotary`.
+    """Attention on CUDA devices; fulfils `core.interfaces.AttentionBackend`.
 
-    Steps must follow one another in one stream: the workspace of the decodes is used by all.
+    Its optional parts too: `SupportsQuantizedKV`, `SupportsCudaGraph` and `SupportsRotary`.  Steps must
+    follow one another in one stream, since they share the workspace of the decodes.
 
     :param tuning: sizes of tiles and grids; by default what suits the device and the cache.
     """
@@ -168,10 +168,9 @@ class TritonAttention:
         :return: [T, H, D] in q's dtype.
         """
         q, k, v = (_with_dense_heads(x) for x in (q, k, v))
-        strides = (q.stride(0), k.stride(0), v.stride(0))
-        self._write(q, k, v, None, None, strides, spec, meta)
+        self._write((q, k, v), None, spec, meta)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._attend(q, out, strides[0], spec, meta)
+        self._attend(q, out, spec, meta)
         return out
 
     def rotary_objections(self, spec: AttentionSpec, rotary_dim: int, /) -> list[str]:
@@ -197,79 +196,60 @@ class TritonAttention:
         :param sin: as `cos`.
         :return: [T, H · D] in qkv's dtype.
         """
-        num_tokens, stride = qkv.shape
         size = spec.num_heads * spec.head_dim
-        out = torch.empty((num_tokens, size), dtype=qkv.dtype, device=qkv.device)
-        is_fused = (
-            self._tuning.decode.is_fused
-            and not meta.has_prompts
-            and 2 * cos.shape[1] == spec.head_dim
-        )
-        if is_fused:
-            self._decode(qkv, out, stride, cos, sin, spec, meta)
+        out = torch.empty((qkv.shape[0], size), dtype=qkv.dtype, device=qkv.device)
+        is_whole = 2 * cos.shape[1] == spec.head_dim
+        if is_whole and self._tuning.decode.is_fused and not meta.has_prompts:
+            self._decode(qkv, out, (cos, sin), spec, meta)
             return out
         k = qkv[:, size:]
         v = qkv[:, size + spec.num_kv_heads * spec.head_dim :]
-        self._write(qkv, k, v, cos, sin, (stride, stride, stride), spec, meta)
-        self._attend(qkv, out, stride, spec, meta)
+        self._write((qkv, k, v), (cos, sin), spec, meta)
+        self._attend(qkv, out, spec, meta)
         return out
 
     def _write(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        strides: tuple[int, int, int],
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         spec: AttentionSpec,
         meta: StepMeta,
     ) -> None:
+        """Store keys and values; with `rotary`, rotate queries in place and keys on the way."""
         layer, batch = self._layers[spec.layer], meta.batch
+        (q, k, v), (cos, sin) = qkv, rotary or (None, None)
         num_tokens, block_h = q.shape[0], self._tuning.write_heads
         num_programs = triton.cdiv(num_tokens * spec.num_kv_heads, block_h)
         if cos is not None:
             num_programs += triton.cdiv(num_tokens * spec.num_heads, block_h)
         write[(num_programs,)](
             q, k, v, layer.k, layer.v, layer.k_scales, layer.v_scales, cos, sin,
-            batch.positions, batch.slots, num_tokens, *strides,
+            batch.positions, batch.slots, num_tokens, q.stride(0), k.stride(0), v.stride(0),
             spec.num_kv_heads, spec.num_heads, spec.head_dim,
             0 if cos is None else 2 * cos.shape[1],
             self._spec.block_size, block_h, self._is_narrow, layer.k_scales is not None,
             self._has_pdl, num_warps=4, launch_pdl=self._has_pdl,
         )  # fmt: skip
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        stride: int,
-        spec: AttentionSpec,
-        meta: StepMeta,
-    ) -> None:
+    def _attend(self, q: torch.Tensor, out: torch.Tensor, spec: AttentionSpec, meta: StepMeta) -> None:
         """Attend over what has been written."""
         if meta.has_decodes:
-            self._decode(q, out, stride, None, None, spec, meta)
+            self._decode(q, out, None, spec, meta)
         if meta.has_prompts:
-            self._prefill(q, out, stride, spec, meta)
+            self._prefill(q, out, spec, meta)
 
     def _decode(
         self,
         q: torch.Tensor,
         out: torch.Tensor,
-        stride: int,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         spec: AttentionSpec,
         meta: StepMeta,
     ) -> None:
-        """Attend in the rows with one query; with `cos` and `sin` in the fused form."""
-        layer, batch, tuning, work = (
-            self._layers[spec.layer],
-            meta.batch,
-            self._tuning.decode,
-            self._workspace,
-        )
+        """Attend in the rows with one query; with `rotary` in the fused form."""
+        layer, batch = self._layers[spec.layer], meta.batch
+        tuning, work = self._tuning.decode, self._workspace
+        cos, sin = rotary or (None, None)
         window = spec.window or NO_WINDOW
         is_fused = cos is not None
         plan = meta.decode_plans.get((window, is_fused))
@@ -280,7 +260,7 @@ class TritonAttention:
             q, out, layer.k, layer.v, layer.k_scales, layer.v_scales, cos, sin,
             plan, batch.query_starts, batch.seq_lens, batch.slots, batch.block_tables,
             work.parts, work.stats, work.counters,
-            stride, batch.block_tables.stride(0), batch.num_rows, window, spec.scale,
+            q.stride(0), batch.block_tables.stride(0), batch.num_rows, window, spec.scale,
             spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim,
             self._padded_half, self._padded_dim, self._spec.block_size,
             tuning.block_n, tuning.num_ctas, tuning.min_tiles, tuning.num_stages,
@@ -300,9 +280,7 @@ class TritonAttention:
         )  # fmt: skip
         return plan
 
-    def _prefill(
-        self, q: torch.Tensor, out: torch.Tensor, stride: int, spec: AttentionSpec, meta: StepMeta
-    ) -> None:
+    def _prefill(self, q: torch.Tensor, out: torch.Tensor, spec: AttentionSpec, meta: StepMeta) -> None:
         """Attend in the rows with several queries."""
         layer, batch, tuning = self._layers[spec.layer], meta.batch, self._tuning.prefill
         group = spec.num_heads // spec.num_kv_heads
@@ -313,7 +291,7 @@ class TritonAttention:
         prefill[(num_blocks * spec.num_kv_heads,)](
             q, out, layer.k, layer.v, layer.k_boxes, layer.v_boxes, layer.k_scales, layer.v_scales,
             plan, batch.query_starts, batch.seq_lens, batch.block_tables,
-            stride, batch.block_tables.stride(0), batch.num_rows, spec.window or NO_WINDOW, spec.scale,
+            q.stride(0), batch.block_tables.stride(0), batch.num_rows, spec.window or NO_WINDOW, spec.scale,
             spec.num_kv_heads, group, spec.head_dim, self._padded_dim, self._spec.block_size,
             tuning.block_m, tuning.block_n, tuning.num_stages,
             spec.softcap or 0.0, spec.window is not None, self._is_narrow, layer.k_scales is not None,

@@ -116,7 +116,9 @@ def decode(
         first_cta = head_start // chunk
         num_parts = (head_start + num_tiles - 1) // chunk - first_cta + 1
         if num_parts == 1:
-            store_output(out_row, acc * (v_scale / total_weight)[:, None], GROUP, D, NUM_QUERY_ROWS, D_PADDED)
+            store_output(
+                out_row, acc * (v_scale / total_weight)[:, None], GROUP, D, NUM_QUERY_ROWS, D_PADDED
+            )
         else:
             slot = 2 * cta + (head_start > chunk_start).to(tl.int32)
             store_part(parts, stats, slot, top, total_weight, acc, GROUP, D_PADDED)
@@ -321,7 +323,12 @@ def attend_newest(
 
 @triton.jit
 def store_output(
-    out_row: tl.tensor, values: tl.tensor, GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, D_PADDED: tl.constexpr
+    out_row: tl.tensor,
+    values: tl.tensor,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    D_PADDED: tl.constexpr,
 ) -> None:
     """Write [ROWS, D_PADDED] to the query heads of one key-value head."""
     member = tl.arange(0, ROWS)[:, None]

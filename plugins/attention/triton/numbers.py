@@ -58,9 +58,7 @@ def widen(codes: tl.tensor, dtype: tl.constexpr, HAS_FP8: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def stored(
-    x: tl.tensor, scale: tl.tensor, IS_NARROW: tl.constexpr, dtype: tl.constexpr
-) -> tl.tensor:
+def stored(x: tl.tensor, scale: tl.tensor, IS_NARROW: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
     """Round a key or value to what the cache holds of it.
 
     :param x: float32.

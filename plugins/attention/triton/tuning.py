@@ -7,7 +7,7 @@ shared memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -95,7 +95,7 @@ def describe_card(device: torch.device) -> Card:
     """Ask the driver; what is not CUDA is Triton's interpreter."""
     if device.type != "cuda":
         return NO_CARD
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return Card(
         num_sms=properties.multi_processor_count,
         capability=(properties.major, properties.minor),
@@ -144,7 +144,10 @@ def _choose_prefill(card: Card, head_dim: int, block_size: int, kv_itemsize: int
     block_n = max(16, min(64, STAGE_BYTES // (head_dim * itemsize)))
     queries = block_m * head_dim * itemsize
     num_stages = 3
-    while num_stages > 1 and queries + num_stages * 2 * block_n * head_dim * kv_itemsize > card.shared_bytes:
+    while (
+        num_stages > 1
+        and queries + num_stages * 2 * block_n * head_dim * kv_itemsize > card.shared_bytes
+    ):
         num_stages -= 1
     return PrefillTuning(
         block_m=block_m,

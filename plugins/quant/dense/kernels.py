@@ -35,14 +35,21 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _scale_input(x, norm_weight, k, NORM: tl.constexpr, K: tl.constexpr, EVEN_K: tl.constexpr):
-    """Multiply the columns k of x by the norm's weight, and round as x is."""
+def _load_gamma(norm_weight, k, NORM: tl.constexpr, K: tl.constexpr, EVEN_K: tl.constexpr):
+    """Load what a norm multiplies columns k by, in float32."""
     if EVEN_K:
         gamma = tl.load(norm_weight + k).to(tl.float32)
     else:
         gamma = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM == ONE_PLUS_NORM:
         gamma += 1.0
+    return gamma
+
+
+@triton.jit
+def _scale_input(x, norm_weight, k, NORM: tl.constexpr, K: tl.constexpr, EVEN_K: tl.constexpr):
+    """Multiply the columns k of x by the norm's weight, and round as x is."""
+    gamma = _load_gamma(norm_weight, k, NORM, K, EVEN_K)
     return (x.to(tl.float32) * gamma[None, :]).to(x.dtype)
 
 
@@ -318,19 +325,21 @@ def _multiply_rows(w, x, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: t
     return tl.sum(tl.reshape(products, [BLOCK_N, BLOCK_K // VECTOR, VECTOR]), 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def vector_kernel(
-    x, w, y, norm_weight, bias, residual, eps,
+    x, w, y, norm_weight, bias, residual, eps, M, x_stride,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute BLOCK_N outputs of one token without tensor cores: weights go straight to registers.
+    """Compute BLOCK_N outputs of a few tokens without tensor cores: weights go straight to registers.
 
     Grid: (tiles of N).  The next tile of weights is always on its way, the first before the wait.
 
-    :param x: [K].
-    :param y: [N]; may be the residual.
+    :param x: [M, K], its rows `x_stride` elements apart; M <= TOKENS.
+    :param y: [M, N], contiguous; may be the residual.
+    :param TOKENS: accumulators to keep; those beyond M repeat the last token and are not stored.
     :param VECTOR: elements of a 16-byte load.
     """
     GATED: tl.constexpr = ACTIVATION != ""
@@ -342,60 +351,74 @@ def vector_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK_N
     weight = _load_weight(w, None, row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+    other = weight
     if GATED:
         other = _load_weight(w, None, N + row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    acc = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
-    gated = acc
-    squares = tl.zeros([BLOCK_K], tl.float32)
+    zero = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
+    accs = (zero,) * TOKENS
+    gates = (zero,) * TOKENS
+    squares = (tl.zeros([BLOCK_K], tl.float32),) * TOKENS
     for step in tl.static_range(NUM_STEPS):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        if EVEN_K:
-            token = tl.load(x + k).to(tl.float32)
-        else:
-            token = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        next_weight = weight
+        next_other = other
         if step + 1 < NUM_STEPS:
             next_k = (step + 1) * BLOCK_K
             next_weight = _load_weight(w, None, row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
             if GATED:
-                next_other = _load_weight(w, None, N + row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
+                next_other = _load_weight(
+                    w, None, N + row, next_k, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K
+                )
         if NORM != NO_NORM:
-            squares += token * token
+            gamma = _load_gamma(norm_weight, k, NORM, K, EVEN_K)
+        old_accs = accs
+        old_gates = gates
+        old_squares = squares
+        accs = ()
+        gates = ()
+        squares = ()
+        for t in tl.static_range(TOKENS):
+            start = x
+            if TOKENS > 1:
+                start += tl.minimum(t, M - 1).to(tl.int64) * x_stride
             if EVEN_K:
-                gamma = tl.load(norm_weight + k).to(tl.float32)
+                token = tl.load(start + k).to(tl.float32)
             else:
-                gamma = tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
-            if NORM == ONE_PLUS_NORM:
-                gamma += 1.0
-            token *= gamma
-        acc += _multiply_rows(weight, token, VECTOR, BLOCK_N, BLOCK_K)
-        if GATED:
-            gated += _multiply_rows(other, token, VECTOR, BLOCK_N, BLOCK_K)
-        if step + 1 < NUM_STEPS:
-            weight = next_weight
+                token = tl.load(start + k, mask=k < K, other=0.0).to(tl.float32)
+            if NORM != NO_NORM:
+                squares = squares + (old_squares[t] + token * token,)
+                token *= gamma
+            accs = accs + (old_accs[t] + _multiply_rows(weight, token, VECTOR, BLOCK_N, BLOCK_K),)
             if GATED:
-                other = next_other
+                gates = gates + (old_gates[t] + _multiply_rows(other, token, VECTOR, BLOCK_N, BLOCK_K),)
+        weight = next_weight
+        other = next_other
 
     n = row + tl.arange(0, BLOCK_N)
-    out = tl.sum(acc, 1)
-    out_gated = out
-    if GATED:
-        out_gated = tl.sum(gated, 1)
-    if NORM != NO_NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        out *= scale
-        out_gated *= scale
-    if HAS_BIAS:
-        out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    for t in tl.static_range(TOKENS):
+        out = tl.sum(accs[t], 1)
+        gated = out
         if GATED:
-            out_gated += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATED:
-        out = _activate(out, ACTIVATION) * out_gated
-    if HAS_RESIDUAL:
-        out += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < N)
+            gated = tl.sum(gates[t], 1)
+        if NORM != NO_NORM:
+            scale = tl.rsqrt(tl.sum(squares[t], 0) / K + eps)
+            out *= scale
+            gated *= scale
+        if HAS_BIAS:
+            out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+            if GATED:
+                gated += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            out = _activate(out, ACTIVATION) * gated
+        mask = n < N
+        if TOKENS > 1:
+            mask = mask & (t < M)
+        if HAS_RESIDUAL:
+            out += tl.load(residual + t * N + n, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + t * N + n, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

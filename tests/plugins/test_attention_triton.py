@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.registry import Requirements
+from core.testing.attention import AttentionConformance
+from plugins.attention import triton as plugin
+from plugins.attention.triton.tuning import Card, choose_tuning
+
+(ENTRY,) = plugin.core_register_attention()
+INTERPRETED = Path(__file__).with_name("attention_triton_interpreted.py")
+
+
+@pytest.mark.parametrize("part", ["narrow", "Conformance and not narrow", "not Conformance"])
+def test_in_the_interpreter(part):
+    """A process of its own: whether Triton interprets is decided when it is imported."""
+    part = part.replace("Conformance", "TestTritonAttention")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
+    command += ["-W", "ignore::RuntimeWarning", str(INTERPRETED)]  # of NaN, which is there on purpose
+    done = subprocess.run(  # noqa: S603  the arguments are ours
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnTheDevice(AttentionConformance):
+    entry = ENTRY
+    device = "cuda"
+    dtypes = ("bfloat16", "float16", "float32")
+    head_dims = (64, 80, 96, 128, 256)
+
+
+# --- what can be served ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ({}, []),
+        ({"head_dims": frozenset({64, 80, 128, 256}), "block_size": 16, "has_window": True}, []),
+        ({"num_heads": 64, "num_kv_heads": 4, "has_softcap": True}, []),
+        ({"kv_cache_dtype": "bfloat16"}, []),
+        ({"kv_cache_dtype": "fp8"}, []),
+        (
+            {"device": "cpu", "dtype": "float64"},
+            ["device 'cpu' is not 'cuda'", "dtype 'float64' is none"],
+        ),
+        ({"kv_cache_dtype": "float16"}, ["kv_cache_dtype 'float16' is neither auto, the dtype"]),
+        (
+            {"head_dims": frozenset({32, 72, 512, 128})},
+            ["head_dim 32 ", "head_dim 72 ", "head_dim 512 "],
+        ),
+        ({"num_heads": 71, "num_kv_heads": 1}, ["71 query heads for each key-value head"]),
+        ({"block_size": 8}, ["block_size 8 is none of 16, 32, 64, 128"]),
+    ],
+)
+def test_names_everything_that_it_cannot_serve(wanted, named):
+    reasons = ENTRY.unsupported(Requirements(**({"device": "cuda", "dtype": "bfloat16"} | wanted)))
+    assert len(reasons) == len(named)
+    for reason, start in zip(reasons, named, strict=True):
+        assert reason.startswith(start)
+
+
+def test_registering_imports_neither_torch_nor_triton():
+    code = (
+        "import sys; from plugins.attention import triton as plugin; "
+        "plugin.core_register_attention(); sys.exit(bool({'torch', 'triton'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603  the arguments are ours
+
+
+# --- sizes -----------------------------------------------------------------------------------------
+
+H200 = Card(num_sms=132, capability=(9, 0), shared_bytes=227 << 10)
+A100 = Card(num_sms=108, capability=(8, 0), shared_bytes=163 << 10)
+ADA = Card(num_sms=128, capability=(8, 9), shared_bytes=99 << 10)
+
+
+@pytest.mark.parametrize("card", [H200, A100, ADA], ids=["H200", "A100", "Ada"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("block_size", plugin.BLOCK_SIZES)
+def test_tiles_fit_into_shared_memory(card, head_dim, itemsize, block_size):
+    tuning = choose_tuning(card, head_dim, block_size, itemsize)
+    decode, prefill = tuning.decode, tuning.prefill
+    per_sm = decode.num_ctas // card.num_sms
+    stage = 2 * head_dim * itemsize * decode.block_n
+    assert per_sm >= 1
+    assert per_sm * decode.num_stages * stage <= card.shared_bytes
+    tile = 2 * head_dim * itemsize * prefill.block_n
+    queries = prefill.block_m * head_dim * max(itemsize, 2)
+    assert queries + prefill.num_stages * tile <= card.shared_bytes
+    assert not prefill.has_boxes or (card == H200 and prefill.block_n <= block_size)
+
+
+def test_cards_lack_what_is_newer_than_they():
+    assert (H200.has_fp8, H200.has_pdl, H200.has_boxes) == (True, True, True)
+    assert (ADA.has_fp8, ADA.has_pdl, ADA.has_boxes) == (True, False, False)
+    assert not replace(A100, capability=(8, 6)).has_fp8
