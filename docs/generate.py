@@ -29,15 +29,20 @@ FOLDER: Final = Path(__file__).parent
 PART: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FIELD: Final = re.compile(r"^:(param|return|raises) ?(\w*): ", re.MULTILINE)
 PROTOCOLS: Final = {
-    "attention": ("AttentionBackend", "SupportsQuantizedKV", "SupportsCudaGraph"),
-    "quant": ("QuantScheme",),
+    "attention": (
+        "AttentionBackend",
+        "SupportsRotary",
+        "SupportsQuantizedKV",
+        "SupportsCudaGraph",
+    ),
+    "quant": ("QuantScheme", "SupportsNorm", "SupportsGate", "SupportsResidual"),
     "parallel": ("TensorParallel", "PipelineParallel"),
     "scheduler": ("Scheduler",),
     "kv_cache": ("KVCache", "BlockAllocator"),
-    "executor": ("Executor", "SupportsRecovery"),
+    "executor": ("Executor", "SupportsIdleWork", "SupportsRecovery"),
     "frontend": ("Frontend",),
     "server": ("Server",),
-    "sampler": ("Sampler",),
+    "sampler": ("Sampler", "SupportsSamplerCapture"),
 }
 """What the factory of each kind returns, and what it may offer besides."""
 SUBENTRIES: Final = {"parallel": ("TensorParallelEntry", "PipelineParallelEntry")}

@@ -1,14 +1,20 @@
 """Triton kernels: y = epilogue(norm(x) Wᵀ) for few tokens, and the small kernels around large ones.
 
 Weights are [rows, K] with K contiguous, as they are stored.  A gated layer has 2 N rows: N of the gate,
-then N that it multiplies.  Nothing but weights is touched before `gdc_wait`: with programmatic dependent
-launch a kernel starts while the one before it still runs.
+then N that it multiplies.
+
+With programmatic dependent launch (PDL not 0) a kernel starts while the one before it still runs, as
+soon as all programs of that one allow it: EARLY at their start, LATE when their sums are complete.
+Nothing but weights may be touched before `gdc_wait`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+EARLY = tl.constexpr(1)
+LATE = tl.constexpr(2)
 
 NO_NORM = tl.constexpr(0)
 PLAIN_NORM = tl.constexpr(1)
@@ -197,7 +203,7 @@ def linear_kernel(
     NUM_ROWS: tl.constexpr = 2 * N if GATED else N
     ELEMENT_BYTES: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
     SPLIT_COLS: tl.constexpr = (K + BLOCK_K * SPLIT_K - 1) // (BLOCK_K * SPLIT_K) * BLOCK_K
-    if PDL:
+    if PDL == EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     if TILES_M:
@@ -274,6 +280,8 @@ def linear_kernel(
                 tokens, weight, other, acc, gated, squares, norm_weight, start + cols, K, EVEN_K, NORM,
                 GATED, SWAP,
             )  # fmt: skip
+    if PDL == LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     if SWAP:
         acc = tl.trans(acc)
         gated = tl.trans(gated)
@@ -347,7 +355,7 @@ def vector_kernel(
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     NUM_ROWS: tl.constexpr = 2 * N if GATED else N
     NUM_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    if PDL:
+    if PDL == EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK_N
     weight = _load_weight(w, None, row, 0, NUM_ROWS, K, EVEN, False, BLOCK_N, BLOCK_K)
@@ -397,6 +405,8 @@ def vector_kernel(
         weight = next_weight
         other = next_other
 
+    if PDL == LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     n = row + tl.arange(0, BLOCK_N)
     for t in tl.static_range(TOKENS):
         out = tl.sum(accs[t], 1)

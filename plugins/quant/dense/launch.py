@@ -1,9 +1,9 @@
-"""Launches of the kernels, by what an operation is and by the configuration that was chosen for it."""
+"""Launches of the kernels: everything that does not change from call to call is resolved once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 import triton
@@ -12,34 +12,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from plugins.quant.dense.kernels import gate_kernel, linear_kernel, norm_kernel, vector_kernel
 
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+
+    from plugins.quant.dense.operation import KernelConfig, Operation
+
+    Launch = Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float], None
+    ]
+    """launch(x: [T, K], out: [T, N], norm_weight, residual, eps); `out` may be `residual`."""
 
 NORMS: Final = {"": 0, "plain": 1, "one_plus": 2}
+OVERLAPS: Final = {"": 0, "early": 1, "late": 2}
 VECTOR_BYTES: Final = 16
 GATE_BLOCK: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """How an operation is computed."""
+class Weights(Protocol):
+    """A layer, as far as launches look at it: its weights may move between calls."""
 
-    kernel: Literal["vector", "tile"]
-    block_n: int
-    block_k: int
-    block_m: int = 1
-    split_k: int = 1
-    num_warps: int = 4
-    num_stages: int = 1
-    swap: bool = False
-    """Whether the weight takes the rows of the tensor cores and the tokens the columns."""
-    eager: bool = False
-    """Whether weights go through registers, the first of them before the previous kernel has ended."""
-    tma: bool = False
-    """Whether weights are fetched by the copy engine of compute capability 9."""
-    prefetch: int = 0
-    """Columns of the weight to bring to L2 before the previous kernel has ended; needs 9.0 too."""
-    fuse_norm: bool = True
-    """Whether the kernel normalizes its input, or leaves it to a kernel before it."""
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class Workspace(NamedTuple):
@@ -51,149 +43,201 @@ class Workspace(NamedTuple):
     """int32, zero between launches."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """What a linear layer is to compute, but for the number of tokens."""
-
-    num_outputs: int
-    """Of the result: with a gate, half the rows of the weight."""
-    num_inputs: int
-    norm: str = ""
-    """Style of the norm before it; empty: none."""
-    activation: str = ""
-    """Between the halves of a gated layer; empty: no gate."""
-    residual: bool = False
-    bias: bool = False
-
-
-def workspace_sizes(op: Operation, config: KernelConfig, num_tokens: int) -> tuple[int, int]:
-    """Elements of partials and arrivals that a launch needs."""
-    if config.split_k == 1:
-        return 0, 0
-    tiles = triton.cdiv(num_tokens, config.block_m) * triton.cdiv(op.num_outputs, config.block_n)
-    halves = 2 if op.activation else 1
-    part = halves * config.block_m * config.block_n + config.block_m
-    return tiles * config.split_k * part, tiles
-
-
-def launch_tile(
+def make_launch(
     op: Operation,
     config: KernelConfig,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    tiles: TensorDescriptor | None,
-    out: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
+    num_tokens: int,
+    layer: Weights,
     workspace: Workspace,
     *,
-    pdl: bool,
-    run: Any = None,
-) -> Any:
-    """Launch `linear_kernel`."""
-    m = len(x)
-    num_tiles = triton.cdiv(m, config.block_m) * triton.cdiv(op.num_outputs, config.block_n)
-    launch = run or linear_kernel[(num_tiles, config.split_k)]
-    return launch(
-        x,
-        weight,
-        tiles,
-        out,
-        norm_weight,
-        bias,
-        residual,
-        workspace.partials,
-        workspace.arrivals,
-        eps,
-        m,
-        x.stride(0),
-        N=op.num_outputs,
-        K=op.num_inputs,
-        NORM=NORMS[op.norm] if config.fuse_norm else 0,
-        ACTIVATION=op.activation,
-        HAS_BIAS=op.bias,
-        HAS_RESIDUAL=op.residual,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        SWAP=config.swap,
-        TMA=config.tma,
-        PREFETCH=config.prefetch,
-        PDL=pdl,
-        STAGES=config.num_stages,
-        EAGER=config.eager,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        launch_pdl=pdl,
+    warm_up: bool = False,
+) -> Launch:
+    """Make what computes an operation for a number of tokens.
+
+    :param num_tokens: of every call; for `library` any number may be passed to calls.
+    :param warm_up: launches compile the kernel, and do not run it.
+    """
+    if config.kernel == "library":
+        return _make_library(op, config, layer)
+    make = _make_vector if config.kernel == "vector" else _make_tile
+    launch = make(op, config, num_tokens, layer, workspace, warm_up=warm_up)
+    return launch if config.fuse_norm or not op.norm else _after_norm(op, config, launch)
+
+
+def _bind(kernel: Any, grid: tuple[int, ...], *, warm_up: bool) -> Any:
+    return partial(kernel.warmup, grid=grid) if warm_up else kernel[grid]
+
+
+def _make_vector(
+    op: Operation, config: KernelConfig, num_tokens: int, layer: Weights, _: Workspace, *, warm_up: bool
+) -> Launch:
+    run = _bind(vector_kernel, (triton.cdiv(op.num_outputs, config.block_n),), warm_up=warm_up)
+    overlap = OVERLAPS[config.overlap]
+    constants = (
+        op.num_outputs,
+        op.num_inputs,
+        NORMS[op.norm] if config.fuse_norm else 0,
+        op.activation,
+        op.bias,
+        op.residual,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        VECTOR_BYTES // layer.weight.element_size(),
+        overlap,
     )
+    options = {"num_warps": config.num_warps, "launch_pdl": overlap > 0}
+
+    def launch(
+        x: torch.Tensor,
+        out: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        run(
+            x, layer.weight, out, norm_weight, layer.bias, residual, eps, num_tokens, x.stride(0),
+            *constants, **options,
+        )  # fmt: skip
+
+    return launch
 
 
-def launch_vector(
+def _make_tile(
     op: Operation,
     config: KernelConfig,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
+    num_tokens: int,
+    layer: Weights,
+    workspace: Workspace,
     *,
-    pdl: bool,
-    run: Any = None,
-) -> Any:
-    """Launch `vector_kernel`."""
-    launch = run or vector_kernel[(triton.cdiv(op.num_outputs, config.block_n),)]
-    return launch(
-        x,
-        weight,
-        out,
-        norm_weight,
-        bias,
-        residual,
-        eps,
-        N=op.num_outputs,
-        K=op.num_inputs,
-        NORM=NORMS[op.norm] if config.fuse_norm else 0,
-        ACTIVATION=op.activation,
-        HAS_BIAS=op.bias,
-        HAS_RESIDUAL=op.residual,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        VECTOR=VECTOR_BYTES // x.element_size(),
-        PDL=pdl,
-        num_warps=config.num_warps,
-        launch_pdl=pdl,
+    warm_up: bool,
+) -> Launch:
+    num_tiles = triton.cdiv(num_tokens, config.block_m) * triton.cdiv(op.num_outputs, config.block_n)
+    run = _bind(linear_kernel, (num_tiles, config.split_k), warm_up=warm_up)
+    overlap = OVERLAPS[config.overlap]
+    partials, arrivals = workspace
+    tiles = _describe(op, config, layer) if config.tma else None
+    constants = (
+        op.num_outputs,
+        op.num_inputs,
+        NORMS[op.norm] if config.fuse_norm else 0,
+        op.activation,
+        op.bias,
+        op.residual,
+        config.block_m,
+        config.block_n,
+        config.block_k,
+        config.split_k,
+        config.swap,
+        config.tma,
+        config.prefetch,
+        overlap,
+        config.num_stages,
+        config.eager,
     )
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "launch_pdl": overlap > 0,
+    }
+
+    def launch(
+        x: torch.Tensor,
+        out: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        run(
+            x, layer.weight, tiles, out, norm_weight, layer.bias, residual, partials, arrivals, eps,
+            num_tokens, x.stride(0), *constants, **options,
+        )  # fmt: skip
+
+    return launch
 
 
-def launch_norm(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, style: str, *, pdl: bool
-) -> None:
-    """Launch `norm_kernel`."""
-    size = x.shape[1]
+def _describe(op: Operation, config: KernelConfig, layer: Weights) -> TensorDescriptor:
+    # Its address is asked of the parameter at each launch, so that the storage may be swapped.
+    block = [config.block_n, config.block_k]
+    return TensorDescriptor(layer.weight, [op.num_rows, op.num_inputs], [op.num_inputs, 1], block)
+
+
+def _after_norm(op: Operation, config: KernelConfig, launch: Launch) -> Launch:
+    normalize = make_norm(op.num_inputs, op.norm, overlap=config.overlap != "")
+
+    def launch_both(
+        x: torch.Tensor,
+        out: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        launch(normalize(x, norm_weight, eps), out, None, residual, eps)
+
+    return launch_both
+
+
+def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch:
+    """Make a launch of the library's product, with what surrounds it in kernels of their own."""
+    overlap = config.overlap != ""
+    normalize = make_norm(op.num_inputs, op.norm, overlap=overlap) if op.norm else None
+    gate = make_gate(op.num_outputs, op.activation, overlap=overlap) if op.activation else None
+
+    def multiply(x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
+        transposed, bias = layer.weight.t(), layer.bias
+        if residual is not None:
+            torch.addmm(residual, x, transposed, out=out)
+            if bias is not None:
+                out.add_(bias)
+        elif bias is not None:
+            torch.addmm(bias, x, transposed, out=out)
+        else:
+            torch.mm(x, transposed, out=out)
+
+    def launch(
+        x: torch.Tensor,
+        out: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        if normalize is not None:
+            x = normalize(x, norm_weight, eps)
+        if gate is None:
+            multiply(x, out, residual)
+            return
+        both = torch.empty((x.shape[0], op.num_rows), dtype=x.dtype, device=x.device)
+        multiply(x, both, None)
+        gate(both, out)
+
+    return launch
+
+
+def make_norm(
+    size: int, style: str, *, overlap: bool
+) -> Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]:
+    """Make norm(x: [T, size], weight, eps) -> [T, size], contiguous."""
     block = triton.next_power_of_2(size)
-    norm_kernel[(len(x),)](
-        x,
-        weight,
-        out,
-        eps,
-        x.stride(0),
-        K=size,
-        NORM=NORMS[style],
-        BLOCK_K=block,
-        PDL=pdl,
-        num_warps=min(max(block // 1024, 1), 16),
-        launch_pdl=pdl,
-    )
+    constants = (size, NORMS[style], block, overlap)
+    options = {"num_warps": min(max(block // 1024, 1), 16), "launch_pdl": overlap}
+
+    def normalize(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        norm_kernel[(x.shape[0],)](x, weight, out, eps, x.stride(0), *constants, **options)
+        return out
+
+    return normalize
 
 
-def launch_gate(x: torch.Tensor, out: torch.Tensor, activation: str, *, pdl: bool) -> None:
-    """Launch `gate_kernel`."""
-    size = out.shape[1]
-    gate_kernel[(len(x), triton.cdiv(size, GATE_BLOCK))](
-        x, out, N=size, ACTIVATION=activation, BLOCK_N=GATE_BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl
-    )
+def make_gate(
+    size: int, activation: str, *, overlap: bool
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Make gate(x: [T, 2 · size], out: [T, size])."""
+    num_tiles = triton.cdiv(size, GATE_BLOCK)
+    constants = (size, activation, GATE_BLOCK, overlap)
+    options = {"num_warps": 4, "launch_pdl": overlap}
+
+    def gate(x: torch.Tensor, out: torch.Tensor) -> None:
+        gate_kernel[(x.shape[0], num_tiles)](x, out, *constants, **options)
+
+    return gate

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
-from torch.nn import functional
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.model.linear import make_weight
-from plugins.quant.dense.launch import (
-    NORMS,
-    Operation,
-    Workspace,
-    launch_gate,
-    launch_norm,
-    launch_tile,
-    launch_vector,
-    workspace_sizes,
-)
-from plugins.quant.dense.table import MAX_TOKENS, choose
+from plugins.quant.dense.launch import NORMS, VECTOR_BYTES, Workspace, make_launch
+from plugins.quant.dense.operation import Operation, partial_sizes
+from plugins.quant.dense.table import MAX_TOKENS, Card, table_of
 
 if TYPE_CHECKING:
     from core.interfaces import LinearSpec
-    from plugins.quant.dense.launch import KernelConfig
+    from plugins.quant.dense.launch import Launch
+    from plugins.quant.dense.operation import KernelConfig
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NUM_PARTIALS: Final = 1 << 23
-"""float32 elements of the workspace: 32 MiB, more than any entry of the table needs for 64 tokens."""
+"""float32 elements of the workspace: 32 MiB, more than any entry of a table needs for 64 tokens."""
 NUM_ARRIVALS: Final = 1 << 14
+MANY: Final = MAX_TOKENS + 1
+"""Stands for every number of tokens that the library serves."""
 
-_workspaces: dict[torch.device, Workspace] = {}
 
-
+@functools.cache
 def workspace_on(device: torch.device) -> Workspace:
     """Return the workspace of a device; graphs keep its address, so it never moves."""
-    if device not in _workspaces:
-        _workspaces[device] = Workspace(
-            torch.empty(NUM_PARTIALS, dtype=torch.float32, device=device),
-            torch.zeros(NUM_ARRIVALS, dtype=torch.int32, device=device),
-        )
-    return _workspaces[device]
+    return Workspace(
+        torch.empty(NUM_PARTIALS, dtype=torch.float32, device=device),
+        torch.zeros(NUM_ARRIVALS, dtype=torch.int32, device=device),
+    )
+
+
+@functools.cache
+def card_of(device: torch.device) -> Card:
+    """Return the kind of a device."""
+    if device.type != "cuda":
+        return Card(device.type, (0, 0))
+    return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 class DenseLinear(nn.Module):
@@ -53,22 +52,22 @@ class DenseLinear(nn.Module):
     :param activation: of the model.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, spec: LinearSpec, norm_style: str, activation: str) -> None:
         super().__init__()
         self.weight = make_weight((spec.out_features, spec.in_features), spec.dtype, spec.device)
         self.bias = make_weight((spec.out_features,), spec.dtype, spec.device) if spec.bias else None
-        self._activation = activation
-        self._can_fuse_norm = spec.dtype == torch.bfloat16  # weight · x alone may overflow in float16
+        workspace_on(self.weight.device)  # at the latest now: none may be made while a graph is captured
         plain = Operation(spec.out_features, spec.in_features, bias=spec.bias)
-        self._plain = plain
-        self._normed = replace(plain, norm=norm_style)
-        self._added = replace(plain, residual=True)
-        self._gated = replace(
-            plain, num_outputs=spec.out_features // 2, norm=norm_style, activation=activation
+        half = spec.out_features // 2
+        self._plain = Form(self, plain)
+        self._normed = Form(self, replace(plain, norm=norm_style))
+        self._gated = Form(
+            self, replace(plain, num_outputs=half, norm=norm_style, activation=activation)
         )
-        self._configs: dict[tuple[Operation, int], KernelConfig | None] = {}
-        self._tiles: dict[tuple[int, int, int], TensorDescriptor] = {}
-        self._is_hopper = spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device) >= (9, 0)
+        self._added = Form(self, replace(plain, residual=True))
 
     # --- what it can do ---
 
@@ -91,104 +90,63 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply: [T, in_features] -> [T, out_features]."""
-        config = self._config(self._plain, x)
-        if config is None:
-            return functional.linear(x, self.weight, self.bias)
-        out = x.new_empty((len(x), self._plain.num_outputs))
-        self._launch(self._plain, config, x, out)
-        return out
+        return self._plain(x, None, 0.0)
 
     def forward_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor:
         """Apply to norm(x)."""
-        config = self._config(self._normed, x)
-        if config is None:
-            return functional.linear(self._norm(x, weight, eps), self.weight, self.bias)
-        out = x.new_empty((len(x), self._normed.num_outputs))
-        self._launch_normed(self._normed, config, x, out, weight, eps)
-        return out
+        return self._normed(x, weight, eps)
 
     def forward_gate(self, x: torch.Tensor, weight: torch.Tensor, eps: float, /) -> torch.Tensor:
         """Compute activation(gate) · up, where [gate, up] is this layer applied to norm(x)."""
-        config = self._config(self._gated, x)
-        out = x.new_empty((len(x), self._gated.num_outputs))
-        if config is None:
-            both = functional.linear(self._norm(x, weight, eps), self.weight, self.bias)
-            launch_gate(both, out, self._activation, pdl=self._is_hopper)
-        else:
-            self._launch_normed(self._gated, config, x, out, weight, eps)
-        return out
+        return self._gated(x, weight, eps)
 
     def forward_residual(self, x: torch.Tensor, residual: torch.Tensor, /) -> torch.Tensor:
         """Add to the stream, in place."""
-        config = self._config(self._added, x)
-        if config is not None:
-            self._launch(self._added, config, x, residual, residual=residual)
-            return residual
-        if self.bias is not None:
-            residual = residual.add_(self.bias)
-        return torch.addmm(residual, x, self.weight.t(), out=residual)
-
-    # --- launching ---
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        normed = torch.empty_like(x)
-        launch_norm(x, weight, normed, eps, self._normed.norm, pdl=self._is_hopper)
-        return normed
-
-    def _launch_normed(
-        self, op: Operation, config: KernelConfig, x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> None:
-        if not config.fuse_norm:
-            x = self._norm(x, weight, eps)
-        self._launch(op, config, x, out, norm_weight=weight, eps=eps)
-
-    def _launch(
-        self,
-        op: Operation,
-        config: KernelConfig,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        norm_weight: torch.Tensor | None = None,
-        eps: float = 0.0,
-        residual: torch.Tensor | None = None,
-    ) -> None:
-        weight, pdl = self.weight, self._is_hopper
-        if config.kernel == "vector":
-            launch_vector(op, config, x, weight, out, norm_weight, self.bias, residual, eps, pdl=pdl)
-            return
-        tiles = self._descriptor(config) if config.tma else None
-        workspace = workspace_on(x.device)
-        launch_tile(
-            op, config, x, weight, tiles, out, norm_weight, self.bias, residual, eps, workspace, pdl=pdl
-        )
-
-    def _config(self, op: Operation, x: torch.Tensor) -> KernelConfig | None:
-        num_tokens = len(x)
-        if num_tokens > MAX_TOKENS or not x.is_cuda or not self._is_hopper:
-            return None
-        key = (op, num_tokens)
-        if key not in self._configs:
-            self._configs[key] = self._fit(op, choose(op, num_tokens), num_tokens)
-        return self._configs[key]
-
-    def _fit(self, op: Operation, config: KernelConfig | None, num_tokens: int) -> KernelConfig | None:
-        """Take back what this layer or its workspace cannot do."""
-        if config is None:
-            return None
-        if not self._can_fuse_norm:
-            config = replace(config, fuse_norm=False)
-        partials, arrivals = workspace_sizes(op, config, num_tokens)
-        if partials > NUM_PARTIALS or arrivals > NUM_ARRIVALS:
-            return replace(config, split_k=1)
-        return config
-
-    def _descriptor(self, config: KernelConfig) -> TensorDescriptor:
-        weight = self.weight
-        key = (weight.data_ptr(), config.block_n, config.block_k)  # offloaded layers move
-        if key not in self._tiles:
-            block = [config.block_n, config.block_k]
-            self._tiles[key] = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), block)
-        return self._tiles[key]
+        self._added.launch_for(x)(x, residual, None, residual, 0.0)
+        return residual
 
 
+class Form:
+    """An operation of a layer, with the launch for each number of tokens that came up."""
+
+    def __init__(self, layer: DenseLinear, op: Operation) -> None:
+        self._layer = layer
+        self._op = op
+        self._launches: dict[int, Launch] = {}
+
+    def __call__(self, x: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """Compute [T, num_outputs] anew."""
+        out = torch.empty((x.shape[0], self._op.num_outputs), dtype=x.dtype, device=x.device)
+        self.launch_for(x)(x, out, norm_weight, None, eps)
+        return out
+
+    def launch_for(self, x: torch.Tensor) -> Launch:
+        """Return what computes it for x: [T, num_inputs]."""
+        num_tokens = min(x.shape[0], MANY)
+        launch = self._launches.get(num_tokens)
+        return self._resolve(x.device, num_tokens) if launch is None else launch
+
+    def _resolve(self, device: torch.device, num_tokens: int) -> Launch:
+        card = card_of(device)
+        config = table_of(card).choose(self._op, num_tokens)
+        config = fit(self._op, config, num_tokens, card, self._layer.weight.dtype)
+        launch = make_launch(self._op, config, num_tokens, self._layer, workspace_on(device))
+        self._launches[num_tokens] = launch
+        return launch
+
+
+def fit(
+    op: Operation, config: KernelConfig, num_tokens: int, card: Card, dtype: torch.dtype
+) -> KernelConfig:
+    """Take back what the card, the dtype, the shape or the workspace does not allow."""
+    changes: dict[str, object] = {}
+    if not card.can_overlap:
+        changes.update(overlap="", tma=False, prefetch=0)
+    if op.num_inputs * dtype.itemsize % VECTOR_BYTES:
+        changes.update(tma=False)
+    if dtype != torch.bfloat16 and config.kernel == "tile":
+        changes.update(fuse_norm=False)  # it rounds the norm's weight · x, which may overflow
+    partials, arrivals = partial_sizes(op, config, num_tokens)
+    if partials > NUM_PARTIALS or arrivals > NUM_ARRIVALS:
+        changes.update(split_k=1)
+    return replace(config, **changes) if changes else config  # type: ignore[arg-type]

@@ -1,85 +1,170 @@
-"""Which kernel computes an operation, by its shape and the number of tokens.
+"""Which kernel computes an operation on a card, by its shape and the number of tokens.
 
-Measured on an H200 with `python -m core tune`; other shapes take the entry of the nearest kind.
-`None` stands for the library's matrix product, with separate kernels for what comes before and after.
+Entries are measured: those of this machine (`tune`) go before those that are shipped in `configs/`.  A
+shape that is in neither takes what the nearest shape of its kind takes, where that divides it evenly.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import functools
+import json
+import math
+import os
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from plugins.quant.dense.launch import KernelConfig
+from core.errors import ConfigError
+from plugins.quant.dense.operation import TOKENS_OF_VECTOR, KernelConfig
 
 if TYPE_CHECKING:
-    from plugins.quant.dense.launch import Operation
+    from collections.abc import Iterable, Mapping
+
+    from plugins.quant.dense.operation import Operation
 
 MAX_TOKENS: Final = 64
 """Beyond that many, the library's products are at the limit of the card."""
-_WIDE: Final = 65536
-"""Outputs of a layer that fills the card with large tiles, as an output projection does."""
-_DEEP: Final = 8192
-"""Inputs of a layer that needs its sum split even for many outputs."""
+MAX_DISTANCE: Final = 2.0
+"""How far a shape may be from a measured one to be served like it, see `_distance`."""
+SHIPPED: Final = Path(__file__).parent / "configs"
+SAME_CARDS: Final = {(9, 0): "NVIDIA H200"}
+"""Whose entries hold for all cards of a compute capability that have none of their own."""
+
+LIBRARY: Final = KernelConfig("library")
 
 
-def tile(block_m: int, block_n: int, block_k: int, split_k: int, num_stages: int, **more: int | bool) -> KernelConfig:
-    """Make a configuration of the tensor-core kernel."""
+class Card(NamedTuple):
+    """A kind of GPU."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether kernels can start while the one before still runs, and have a copy engine."""
+        return self.capability >= (9, 0)
+
+
+class Entry(NamedTuple):
+    """A measured choice."""
+
+    kind: str
+    """See `Operation.kind`."""
+    outputs: int
+    inputs: int
+    tokens: int
+    """The most that it is for."""
+    config: KernelConfig
+
+
+class Table:
+    """Entries of a card."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._by_shape: dict[tuple[str, int, int], dict[int, KernelConfig]] = {}
+        for kind, outputs, inputs, tokens, config in entries:
+            self._by_shape.setdefault((kind, outputs, inputs), {})[tokens] = config
+
+    def choose(self, op: Operation, num_tokens: int) -> KernelConfig:
+        """Choose the configuration of an operation."""
+        if num_tokens > MAX_TOKENS:
+            return LIBRARY
+        # A sum onto the stream costs what a plain product does.
+        kind = "residual" if op.kind == "plain" else op.kind
+        for known in (op.kind, kind):
+            config = _for_tokens(self._by_shape.get((known, op.num_outputs, op.num_inputs)), num_tokens)
+            if config is not None:
+                return config
+        near = min(
+            (shape for shape in self._by_shape if shape[0] == kind),
+            key=lambda shape: _distance(op, shape),
+            default=None,
+        )
+        if near is not None and _distance(op, near) <= MAX_DISTANCE:
+            config = _for_tokens(self._by_shape[near], num_tokens)
+            if config is not None and _divides(op, config):
+                return config
+        return guess(op, num_tokens)
+
+
+def _for_tokens(configs: Mapping[int, KernelConfig] | None, num_tokens: int) -> KernelConfig | None:
+    enough = [tokens for tokens in configs or () if tokens >= num_tokens]
+    return configs[min(enough)] if configs and enough else None
+
+
+def _distance(op: Operation, shape: tuple[str, int, int]) -> float:
+    """Doublings from one shape to the other: of the size, and of the inputs."""
+    _, outputs, inputs = shape
+    size = math.log2(op.num_outputs * op.num_inputs / (outputs * inputs))
+    return abs(size) + abs(math.log2(op.num_inputs / inputs))
+
+
+def _divides(op: Operation, config: KernelConfig) -> bool:
+    if config.kernel == "library":
+        return True
+    return (
+        op.num_inputs % (config.block_k * config.split_k) == 0 and op.num_outputs % config.block_n == 0
+    )
+
+
+def guess(op: Operation, num_tokens: int) -> KernelConfig:
+    """Choose where nothing was measured: the kernel without tensor cores, or the library."""
+    if num_tokens > TOKENS_OF_VECTOR[-1]:
+        return LIBRARY
+    tokens = next(tokens for tokens in TOKENS_OF_VECTOR if tokens >= num_tokens)
+    block_k = math.gcd(op.num_inputs, 4096)
+    if block_k < 256:  # noqa: PLR2004  a warp's 16-byte loads
+        block_k = 1024
+    rows = 4 if tokens == 1 else 2
     return KernelConfig(
-        kernel="tile", block_m=block_m, block_n=block_n, block_k=block_k, split_k=split_k,
-        num_stages=num_stages, **more,
-    )  # fmt: skip
+        "vector",
+        block_m=tokens,
+        block_n=rows // 2 if op.activation else rows,
+        block_k=block_k,
+        num_warps=min(max(block_k // 512, 1), 8),
+    )
 
 
-def vector(block_n: int, block_k: int, num_warps: int) -> KernelConfig:
-    """Make a configuration of the kernel for one token."""
-    return KernelConfig(kernel="vector", block_n=block_n, block_k=block_k, num_warps=num_warps)
+@functools.cache
+def table_of(card: Card) -> Table:
+    """Read what is known of a card.
+
+    :raises ConfigError: a file is malformed.
+    """
+    shipped = SHIPPED / f"{card.name}.json"
+    if not shipped.exists():
+        shipped = SHIPPED / f"{SAME_CARDS.get(card.capability)}.json"
+    files = (shipped, tuned_file(card))
+    return Table(entry for file in files if file.exists() for entry in read_entries(file))
 
 
-def choose(op: Operation, num_tokens: int) -> KernelConfig | None:
-    """Choose for a card of compute capability 9."""
-    if num_tokens > MAX_TOKENS:
-        return None
-    if num_tokens == 1:
-        return _choose_vector(op)
-    if num_tokens <= 16:
-        return _choose_16(op)
-    return _choose_32(op) if num_tokens <= 32 else _choose_64(op)
+def tuned_file(card: Card) -> Path:
+    """Where the entries measured on this machine are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cythera" / "tuning" / "dense" / f"{card.name}.json"
 
 
-def _choose_vector(op: Operation) -> KernelConfig:
-    if op.activation:
-        return vector(2, 4096, 8)
-    if op.num_outputs >= _WIDE:
-        return vector(4, 4096, 4)
-    if op.num_inputs >= _DEEP:
-        return vector(2, 2048, 4)
-    return vector(16, 1024, 8) if op.num_outputs <= 4096 else vector(8, 512, 2)
+def read_entries(file: Path) -> list[Entry]:
+    """Read a file that `write_entries` wrote.
+
+    :raises ConfigError: it is malformed.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        return [Entry(**{**row, "config": KernelConfig(**row["config"])}) for row in rows]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{file} is malformed ({error}); delete it or run `tune` again") from error
 
 
-def _choose_16(op: Operation) -> KernelConfig:
-    if op.activation or op.num_outputs >= _WIDE:
-        return tile(16, 64, 128, 1, 1, swap=True, eager=True)
-    if op.norm:
-        return tile(16, 64, 64, 4, 7, swap=True)
-    return tile(16, 64, 256, 4, 1, swap=True, eager=True, fuse_norm=False)
+def write_entries(file: Path, entries: Iterable[Entry]) -> None:
+    """Write entries, one a line."""
+    rows = [json.dumps({**entry._asdict(), "config": _shorten(entry.config)}) for entry in entries]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"entries": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
 
 
-def _choose_32(op: Operation) -> KernelConfig:
-    if op.activation:
-        return tile(32, 64, 64, 1, 5, swap=True, tma=True, fuse_norm=False)
-    if op.num_outputs >= _WIDE:
-        return tile(32, 128, 128, 1, 5, swap=True, num_warps=8, fuse_norm=False)
-    if op.num_inputs >= _DEEP:
-        return tile(32, 64, 256, 4, 1, swap=True, eager=True, num_warps=8, fuse_norm=False)
-    if op.norm:
-        return tile(32, 64, 128, 1, 7, swap=True, fuse_norm=False)
-    return tile(32, 64, 256, 2, 4, swap=True, fuse_norm=False)
-
-
-def _choose_64(op: Operation) -> KernelConfig | None:
-    if op.activation:
-        return tile(64, 64, 128, 1, 4, tma=True, fuse_norm=False)
-    if op.num_outputs >= _WIDE:
-        return tile(64, 128, 128, 1, 4, num_warps=8, fuse_norm=False)
-    if op.num_inputs >= _DEEP:
-        return tile(64, 64, 256, 2, 3, fuse_norm=False)
-    return None
+def _shorten(config: KernelConfig) -> dict[str, Any]:
+    values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
+    return {
+        name: value for name, (value, default) in values.items() if default is MISSING or value != default
+    }
