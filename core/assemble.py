@@ -50,6 +50,7 @@ DEFAULT_PLUGINS: Final = (
     "quant.awq",
     "quant.gptq",
     "quant.fp8",
+    "sampler.triton",
     "observe.log",
 )
 """Active unless `--plugins` names their kind or blocks them."""

@@ -341,7 +341,7 @@ class EngineConfig(BaseModel):
     scheduler: Name = _field("Plugins", "Scheduler by name.", "default")
     kv_cache: Name = _field("Plugins", "Manager of block tables and prefix reuse by name.", "paged")
     executor: Name = _field("Plugins", "Executor by name. auto: the first that can serve.", "auto")
-    sampler: Name = _field("Plugins", "Sampler by name.", "default")
+    sampler: Name = _field("Plugins", "Sampler by name. auto: the best that can serve.", "auto")
     server: Name = _field("Plugins", "Server by name.", "http")
 
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], _WORD] = _field(

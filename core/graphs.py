@@ -12,6 +12,7 @@ captured when it is first needed, for it is short.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -28,6 +29,9 @@ CHEAP_TOKENS: Final = 128
 MAX_PADDING: Final = 1.2
 """Beyond that, the tokens of a graph at most, as a multiple of those that there are."""
 MAX_ROWS: Final = 1024
+NUM_COMPILERS: Final = 8
+MAX_TELLING: Final = 64
+"""Kernels of their own exist for sizes up to this; beyond, any shape of a kind stands for all."""
 PROMPT_TOKENS: Final = (*range(64, 513, 64), *range(640, 1025, 128))
 PROMPT_ROWS: Final = (8, 128)
 
@@ -116,8 +120,25 @@ class StepGraphs:
                 return self._graphs[shape] if shape.num_tokens <= limit else None
         return None
 
+    def compile(self) -> None:
+        """Run shapes that between them need every kernel once, side by side.
+
+        Most of the time goes to compilers, which run without the interpreter's lock.
+        """
+        shapes = [shape for shape in self._shapes if _is_telling(shape)]
+        with ThreadPoolExecutor(NUM_COMPILERS) as pool:
+            list(pool.map(self._try, shapes))
+        torch.cuda.synchronize(self._device)
+        # Each thread had its own handle of cuBLAS, whose workspaces nobody needs any more.
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public name for it
+
+    @torch.inference_mode()
+    def _try(self, shape: StepShape) -> None:
+        self._score(self._run(StepInputs(shape, self._device)))
+
     def capture_first(self) -> None:
         """Capture those without which the engine should not start, the largest first."""
+        self.compile()
         wanted, self._missing = self._missing[:NUM_BEFORE_READY], self._missing[NUM_BEFORE_READY:]
         for shape in sorted(wanted, reverse=True):
             self._capture(shape)
@@ -181,6 +202,12 @@ class StepGraphs:
         with torch.cuda.graph(drawing, pool=self._pool):
             tokens = self._draw(graph.inputs, graph.stream, key)
         graph.draws[key] = (drawing, tokens)
+
+
+def _is_telling(shape: StepShape) -> bool:
+    """Whether a shape is among those that between them need every kernel."""
+    is_power = shape.num_tokens & (shape.num_tokens - 1) == 0
+    return is_power and (shape.num_tokens <= 2 * MAX_TELLING or not shape.is_decode)
 
 
 def can_hold(shape: StepShape, needed: StepShape) -> bool:

@@ -190,6 +190,9 @@ class ServerEntry(Descriptor):
 class SamplerEntry(Descriptor):
     """A sampler: `factory(plan) -> Sampler`."""
 
+    priority: int = 0
+    """Under `auto` the supporting sampler with the highest priority is taken."""
+
 
 KINDS: Final[dict[str, type[Descriptor]]] = {
     "attention": AttentionEntry,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from core.step import RowEntry
 
 __all__ = [
+    "INT_COLUMNS",
+    "REAL_COLUMNS",
     "LogprobTensors",
     "RowParams",
     "SampleRows",
@@ -119,10 +121,21 @@ class RowParams(NamedTuple):
     seed: torch.Tensor
     num_prompt: torch.Tensor
     min_tokens: torch.Tensor
+    stages: torch.Tensor
+    """What the host knows as `SamplingState.stages`, a `Stage` for each row."""
+
+
+REAL_COLUMNS: Final = RowParams._fields[:6]
+"""Of `SamplingState.reals`."""
+INT_COLUMNS: Final = RowParams._fields[6:]
+"""Of `SamplingState.ints`."""
 
 
 class SamplingState:
     """Sampling parameters by row, on the device; written when a request enters a row.
+
+    `reals` [rows, 6] float64 and `ints` [rows, 6] int64 are the tables behind `params`, for kernels that
+    look up for themselves; they never move.
 
     The matrices that only some requests need are allocated with the first such request.  They keep
     their place then, except for the padded stop ids, which move when a longer list arrives: a
@@ -136,8 +149,8 @@ class SamplingState:
         self._device = device
         self._stages = [0] * max_rows
         self._num_logprobs = [-1] * max_rows
-        self._reals = torch.zeros((max_rows, 6), dtype=torch.float64, device=device)
-        self._ints = torch.zeros((max_rows, 5), dtype=torch.int64, device=device)
+        self.reals = torch.zeros((max_rows, len(REAL_COLUMNS)), dtype=torch.float64, device=device)
+        self.ints = torch.zeros((max_rows, len(INT_COLUMNS)), dtype=torch.int64, device=device)
         self._bias: torch.Tensor | None = None
         self._stop_ids: torch.Tensor | None = None
         self._num_outputs: torch.Tensor | None = None
@@ -149,9 +162,9 @@ class SamplingState:
         stages = _stages_of(entry, self.vocab_size)
         self._stages[row] = int(stages)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._reals[row].copy_(self._upload(_reals_of(params), torch.float64), non_blocking=True)
+        self.reals[row].copy_(self._upload(_reals_of(params), torch.float64), non_blocking=True)
         ints = _ints_of(entry, stages, self.vocab_size)
-        self._ints[row].copy_(self._upload(ints, torch.int64), non_blocking=True)
+        self.ints[row].copy_(self._upload(ints, torch.int64), non_blocking=True)
         self._set_bias(row, params, wanted=Stage.BIAS in stages)
         if Stage.MIN_TOKENS in stages:
             self._set_stop_ids(row, entry.stop_ids)
@@ -168,8 +181,8 @@ class SamplingState:
 
     def params(self, rows: torch.Tensor) -> RowParams:
         """Look up the parameters of some rows."""
-        reals = self._reals.index_select(0, rows).unsqueeze(-1)
-        ints = self._ints.index_select(0, rows).unsqueeze(-1)
+        reals = self.reals.index_select(0, rows).unsqueeze(-1)
+        ints = self.ints.index_select(0, rows).unsqueeze(-1)
         return RowParams(reals[:, 0], *reals.float().unbind(1)[1:], *ints.unbind(1))
 
     def bias(self, rows: torch.Tensor) -> torch.Tensor:
@@ -420,6 +433,7 @@ def _ints_of(entry: RowEntry, stages: Stage, vocab_size: int) -> list[int]:
         entry.seed,
         entry.num_prompt,
         entry.params.min_tokens if Stage.MIN_TOKENS in stages else 0,
+        int(stages),
     ]
 
 

@@ -5,12 +5,13 @@ The interpreter multiplies matrices of bfloat16 wrongly; that dtype is for tests
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
@@ -30,6 +31,7 @@ from core.testing.attention import (
 from plugins.attention import triton as plugin
 from plugins.attention.triton.backend import TritonAttention
 from plugins.attention.triton.numbers import narrow, widen
+from plugins.attention.triton.plan import plan_decodes, plan_prompts
 from plugins.attention.triton.tuning import NO_CARD, choose_tuning
 
 (ENTRY,) = plugin.core_register_attention()
@@ -79,7 +81,8 @@ def unsupported(requirements):
     return ENTRY.unsupported(replace(requirements, device="cuda"))
 
 
-FEW = settings(AttentionConformance.settings, max_examples=2, database=None)
+# Not made smaller: that would run into the time limit before it got far.
+FEW = settings(AttentionConformance.settings, max_examples=2, phases=[Phase.generate], database=None)
 
 
 class TestTritonAttention(AttentionConformance):
@@ -174,11 +177,10 @@ def rotate_then_forward(backend, qkv, rotary, spec, batch):
     return backend.forward(q, k, v, spec, backend.prepare(batch)).flatten(1)
 
 
-@settings(FEW, max_examples=5)
+@pytest.mark.parametrize(("only_decodes", "is_fused"), [(True, True), (True, False), (False, True)])
+@FEW
 @given(
     rows=row_lists(max_rows=3),
-    only_decodes=st.booleans(),
-    is_fused=st.booleans(),
     rotary_dim=st.sampled_from([None, 2, 24, 40]),
     head_dim=st.sampled_from([64, 80]),
     group=st.integers(1, 16),
@@ -280,6 +282,65 @@ def test_padding_changes_nothing(rows):
         out = rig.backend.forward_rotary(qkv, cos, sin, rig.specs[0], rig.backend.prepare(batch))
         outs.append(out[: sum(counts)])
     assert torch.equal(*outs)
+
+
+# --- plans -----------------------------------------------------------------------------------------
+
+BLOCK_N = 16
+
+
+@settings(FEW, max_examples=15)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0, 1, 1, 1, 5]), st.integers(1, 200)), min_size=1, max_size=40
+    ),
+    window=st.sampled_from([1, 16, 17, 50, 1 << 30]),
+    is_fused=st.booleans(),
+    num_heads=st.integers(1, 3),
+    num_ctas=st.integers(1, 20),
+    min_tiles=st.integers(1, 4),
+)
+def test_decodes_are_cut_as_counting_says(  # noqa: PLR0917  hypothesis passes them by name
+    rows, window, is_fused, num_heads, num_ctas, min_tiles
+):
+    counts = torch.tensor([count for count, _ in rows])
+    lengths = torch.tensor([length if count else 0 for count, length in rows], dtype=torch.int32)
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
+    plan = torch.full((len(rows) + 1 + num_ctas,), -1, dtype=torch.int32)
+    plan_decodes[(1,)](
+        lengths, starts, plan, len(rows), window, num_heads, BLOCK_N, num_ctas, min_tiles, is_fused, 16, False
+    )  # fmt: skip
+    tiles = []
+    for count, length in zip(counts.tolist(), lengths.tolist(), strict=True):
+        seen = {key // BLOCK_N for key in range(max(length - window, 0), length - is_fused)}
+        tiles.append(max(len(seen), 1) if count == 1 else 0)
+    expected = [sum(tiles[:row]) for row in range(len(rows) + 1)]
+    assert plan[: len(rows) + 1].tolist() == expected
+    owners = [row for row, number in enumerate(tiles) for _ in range(number * num_heads)]
+    chunk = max(-(-len(owners) // num_ctas), min_tiles)
+    firsts = [owners[i * chunk] if i * chunk < len(owners) else len(rows) for i in range(num_ctas)]
+    assert plan[len(rows) + 1 :].tolist() == firsts
+
+
+def test_rows_of_padding_have_no_tiles_even_with_a_query():
+    plan = torch.full((4,), -1, dtype=torch.int32)
+    lengths, starts = torch.tensor([20, 0]).int(), torch.tensor([0, 1, 2]).int()
+    plan_decodes[(1,)](lengths, starts, plan, 2, 1 << 30, 1, BLOCK_N, 1, 1, True, 16, False)
+    assert plan.tolist() == [0, 2, 2, 0]
+
+
+@settings(FEW, max_examples=10)
+@given(counts=st.lists(st.integers(0, 90), min_size=1, max_size=40), size=st.integers(1, 40))
+def test_prompts_are_cut_as_counting_says(counts, size):
+    starts = torch.tensor([0, *itertools.accumulate(counts)]).int()
+    num_blocks = sum(counts) // size + len(counts)
+    plan = torch.full((len(counts) + 1 + num_blocks,), -1, dtype=torch.int32)
+    plan_prompts[(1,)](starts, plan, len(counts), num_blocks, size, 16, False)
+    blocks = [-(-count // size) if count > 1 else 0 for count in counts]
+    assert plan[: len(counts) + 1].tolist() == [0, *itertools.accumulate(blocks)]
+    owners = [row for row, number in enumerate(blocks) for _ in range(number)]
+    padding = [len(counts)] * (num_blocks - len(owners))
+    assert plan[len(counts) + 1 :].tolist() == owners + padding
 
 
 # --- numbers ---------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from core.registry import Requirements
 from core.testing.attention import AttentionConformance
@@ -38,8 +40,19 @@ def test_in_the_interpreter(part):
 class TestOnTheDevice(AttentionConformance):
     entry = ENTRY
     device = "cuda"
-    dtypes = ("bfloat16", "float16", "float32")
-    head_dims = (64, 80, 96, 128, 256)
+    dtypes = ("bfloat16",)
+    head_dims = (64, 80, 128)
+    block_sizes = (64, 16)
+    settings = settings(AttentionConformance.settings, max_examples=6)
+
+    def cases(self, **fixed):
+        """Few shapes, as each is compiled for seconds; others are for the interpreter."""
+        few = {
+            "num_kv_heads": st.just(2),
+            "group": st.sampled_from([1, 4, 7]),
+            "softcap": st.sampled_from([None, 20.0]),
+        }
+        return super().cases(**(few | fixed))
 
 
 # --- what can be served ----------------------------------------------------------------------------
@@ -94,15 +107,27 @@ ADA = Card(num_sms=128, capability=(8, 9), shared_bytes=99 << 10)
 @pytest.mark.parametrize("block_size", plugin.BLOCK_SIZES)
 def test_tiles_fit_into_shared_memory(card, head_dim, itemsize, block_size):
     tuning = choose_tuning(card, head_dim, block_size, itemsize)
-    decode, prefill = tuning.decode, tuning.prefill
-    per_sm = decode.num_ctas // card.num_sms
-    stage = 2 * head_dim * itemsize * decode.block_n
-    assert per_sm >= 1
-    assert per_sm * decode.num_stages * stage <= card.shared_bytes
+    for decode in (tuning.decode, *(few for _, few in tuning.decode_few)):
+        per_sm = decode.num_ctas // card.num_sms
+        stage = 2 * head_dim * itemsize * decode.block_n
+        assert per_sm >= 1
+        assert per_sm * (decode.num_stages - 1) * stage <= card.shared_bytes
+    prefill = tuning.prefill
     tile = 2 * head_dim * itemsize * prefill.block_n
     queries = prefill.block_m * head_dim * max(itemsize, 2)
     assert queries + prefill.num_stages * tile <= card.shared_bytes
     assert not prefill.has_boxes or (card == H200 and prefill.block_n <= block_size)
+
+
+def test_fewer_rows_have_tunings_of_their_own():
+    tuning = choose_tuning(H200, 128, 64, 2)
+    limits = [most for most, _ in tuning.decode_few]
+    assert limits == sorted(set(limits))
+    for most, few in tuning.decode_few:
+        assert tuning.decode_for(most) is few
+        assert tuning.decode_for(most + 1) is not few
+    assert tuning.decode_for(10**6) is tuning.decode
+    assert all(tuning.decode_for(n).num_ctas <= tuning.most_ctas for n in range(1, 300))
 
 
 def test_cards_lack_what_is_newer_than_they():

@@ -118,7 +118,7 @@ class TritonAttention:
         return TensorDescriptor.from_tensor(rows, [self._tuning.prefill.block_n, self._padded_dim])
 
     def _allocate_workspace(self) -> None:
-        num_slots, device = 2 * self._tuning.decode.num_ctas, self._spec.device
+        num_slots, device = 2 * self._tuning.most_ctas, self._spec.device
         shape = (num_slots, NUM_QUERY_ROWS.value, self._padded_dim)
         self._workspace = Workspace(
             parts=torch.empty(shape, dtype=torch.float32, device=device),
@@ -248,11 +248,13 @@ class TritonAttention:
     ) -> None:
         """Attend in the rows with one query; with `rotary` in the fused form."""
         layer, batch = self._layers[spec.layer], meta.batch
-        tuning, work = self._tuning.decode, self._workspace
+        tuning, work = self._tuning.decode_for(batch.num_rows), self._workspace
         cos, sin = rotary or (None, None)
         window = spec.window or NO_WINDOW
         is_fused = cos is not None
         plan = meta.decode_plans.get((window, is_fused))
+        # A plan made just now is the kernel in front, and must be waited for.
+        is_early = plan is not None
         if plan is None:
             plan = self._plan_decodes(batch, window, is_fused)
             meta.decode_plans[window, is_fused] = plan
@@ -265,12 +267,12 @@ class TritonAttention:
             self._padded_half, self._padded_dim, self._spec.block_size,
             tuning.block_n, tuning.num_ctas, tuning.min_tiles, tuning.num_stages,
             spec.softcap or 0.0, is_fused, self._is_narrow, layer.k_scales is not None,
-            self._has_fp8, self._has_pdl,
+            self._has_fp8, self._has_pdl, is_early,
             num_warps=tuning.num_warps, launch_pdl=self._has_pdl,
         )  # fmt: skip
 
     def _plan_decodes(self, batch: StepBatch, window: int, is_fused: bool) -> torch.Tensor:
-        tuning = self._tuning.decode
+        tuning = self._tuning.decode_for(batch.num_rows)
         size = batch.num_rows + 1 + tuning.num_ctas
         plan = torch.empty(size, dtype=torch.int32, device=self._spec.device)
         plan_decodes[(1,)](

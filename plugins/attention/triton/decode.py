@@ -65,9 +65,15 @@ def decode(
     HAS_SCALES: tl.constexpr,
     HAS_FP8: tl.constexpr,
     PDL: tl.constexpr,
+    IS_EARLY: tl.constexpr,  # whether the plan is older than the kernel in front of this one
 ) -> None:
     """Attend over one chunk."""
     if PDL:
+        if IS_EARLY:
+            prefetch_first_tile(
+                plan, seq_lens, tables, k_cache, v_cache, num_rows, table_stride, window,
+                G, D, BLOCK_SIZE, BLOCK_N, NUM_CTAS, MIN_TILES,
+            )  # fmt: skip
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = q.dtype.element_ty
@@ -129,6 +135,66 @@ def decode(
                         GROUP, D, D_PADDED)  # fmt: skip
                 tl.store(counters + first_cta, 0)
         unit = head_start + seg_end
+
+
+@triton.jit
+def prefetch_first_tile(
+    plan: tl.tensor,
+    seq_lens: tl.tensor,
+    tables: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    num_rows: tl.tensor,
+    table_stride: tl.tensor,
+    window: tl.tensor,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_CTAS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+) -> None:
+    """Have the first keys and values of the chunk on their way while the kernel in front still runs.
+
+    It writes none of what this reads: the plan, tables and pages of the step are complete by then.
+    """
+    total = tl.load(plan + num_rows) * G
+    chunk = tl.maximum(tl.cdiv(total, NUM_CTAS), MIN_TILES)
+    unit = tl.program_id(0) * chunk
+    if unit < total:
+        row = tl.load(plan + num_rows + 1 + tl.program_id(0))
+        row_start = tl.load(plan + row)
+        num_tiles = tl.load(plan + row + 1) - row_start
+        head = (unit - row_start * G) // num_tiles
+        tile = unit - row_start * G - head * num_tiles
+        tile += first_tile(tl.load(seq_lens + row), window, BLOCK_N)
+        block = tl.load(tables + row * table_stride + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
+        place = ((block * G + head) * BLOCK_SIZE + tile * BLOCK_N % BLOCK_SIZE) * D
+        num_bytes: tl.constexpr = (
+            min(BLOCK_N, BLOCK_SIZE) * D * k_cache.dtype.element_ty.primitive_bitwidth // 8
+        )
+        prefetch(k_cache + place, num_bytes)
+        prefetch(v_cache + place, num_bytes)
+
+
+@triton.jit
+def prefetch(pointer: tl.tensor, num_bytes: tl.constexpr) -> None:
+    """Bring consecutive bytes to the L2 cache, a multiple of 16."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 t;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [pointer.to(tl.int64), tl.full([], num_bytes, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -212,7 +278,9 @@ def attend_segment(
             place = (next_block.to(tl.int64) * G + head) * (BLOCK_SIZE * D)
             next_block = tl.load(table + tl.minimum(tile + 1, end - 1) * BLOCK_N // BLOCK_SIZE)
             k_tile, v_tile = k_cache + place, v_cache + place
-            offset = (tile * BLOCK_N % BLOCK_SIZE + tl.arange(0, BLOCK_N)) * D
+            # Behind the last key the last one again: what is not needed should not be read.
+            nearest = tl.minimum(tl.arange(0, BLOCK_N), tl.maximum(num_keys - 1 - tile * BLOCK_N, 0))
+            offset = (tile * BLOCK_N % BLOCK_SIZE + nearest) * D
         else:
             block = tl.load(table + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
             offset = ((block * G + head) * BLOCK_SIZE + key % BLOCK_SIZE) * D

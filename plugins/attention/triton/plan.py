@@ -12,12 +12,6 @@ import triton.language as tl
 
 
 @triton.jit
-def num_visible(seq_len: tl.tensor, window: tl.tensor) -> tl.tensor:
-    """Positions that the last token of a sequence sees, itself included."""
-    return tl.minimum(seq_len, window)
-
-
-@triton.jit
 def first_tile(seq_len: tl.tensor, window: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
     """Return the first tile of keys that the last token of a sequence sees."""
     return (seq_len - tl.minimum(seq_len, window)) // BLOCK_N

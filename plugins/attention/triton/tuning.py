@@ -81,6 +81,17 @@ class Tuning:
     prefill: PrefillTuning
     write_heads: int = 16
     """Heads that one program rotates and stores."""
+    decode_few: tuple[tuple[int, DecodeTuning], ...] = ()
+    """In place of `decode`, for up to so many rows, ascending."""
+
+    def decode_for(self, num_rows: int) -> DecodeTuning:
+        """Return the tuning for a step."""
+        return next((tuning for most, tuning in self.decode_few if num_rows <= most), self.decode)
+
+    @property
+    def most_ctas(self) -> int:
+        """Programs of the largest grid of a decode."""
+        return max(self.decode.num_ctas, *(tuning.num_ctas for _, tuning in self.decode_few), 0)
 
 
 FOR_INTERPRETER: Final = Tuning(
@@ -111,26 +122,34 @@ def choose_tuning(card: Card, head_dim: int, block_size: int, kv_itemsize: int) 
     """
     if card == NO_CARD:
         return FOR_INTERPRETER
+    key_bytes = 2 * head_dim * kv_itemsize
+    # The best of some twenty on an H200: one program with deep buffers on each multiprocessor for few
+    # rows, several with one tile on its way each for many.
+    few, some, many = (
+        _choose_decode(card, key_bytes, block_size, per_sm=per_sm, num_stages=stages, num_warps=warps)
+        for per_sm, stages, warps in ((1, 5, 4), (2, 4, 4), (4, 2, 2))
+    )
     return Tuning(
-        _choose_decode(card, 2 * head_dim * kv_itemsize, block_size),
+        many,
         _choose_prefill(card, head_dim, block_size, kv_itemsize),
+        decode_few=((16, few), (48, some)),
     )
 
 
-def _choose_decode(card: Card, key_bytes: int, block_size: int) -> DecodeTuning:
+def _choose_decode(
+    card: Card, key_bytes: int, block_size: int, *, per_sm: int, num_stages: int, num_warps: int
+) -> DecodeTuning:
+    """Make a tuning that fits: of several stages, all but one are buffers in shared memory."""
     block_n = max(16, min(64, STAGE_BYTES // key_bytes))
-    # Two warps and one tile on its way, but four programs on each multiprocessor: on an H200 the best
-    # of some twenty for any number and length of rows.
-    num_stages, per_sm = 2, 4
-    while num_stages > 2 and per_sm * num_stages * block_n * key_bytes > card.shared_bytes:
+    while num_stages > 2 and per_sm * (num_stages - 1) * block_n * key_bytes > card.shared_bytes:
         num_stages -= 1
-    while per_sm > 1 and per_sm * num_stages * block_n * key_bytes > card.shared_bytes:
+    while per_sm > 1 and per_sm * (num_stages - 1) * block_n * key_bytes > card.shared_bytes:
         per_sm -= 1
     return DecodeTuning(
         block_n=min(block_n, block_size) if block_size >= 32 else block_n,
         num_ctas=per_sm * card.num_sms,
         min_tiles=1,
-        num_warps=2,
+        num_warps=num_warps,
         num_stages=num_stages,
         is_fused=True,
     )

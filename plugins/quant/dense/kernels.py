@@ -273,9 +273,7 @@ def linear_kernel(
             weight = _load_weight(w, tiles, row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
             other = weight
             if GATED:
-                other = _load_weight(
-                    w, tiles, N + row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K
-                )
+                other = _load_weight(w, tiles, N + row, start, NUM_ROWS, K, EVEN, TMA, BLOCK_N, BLOCK_K)
             acc, gated, squares = _accumulate(
                 tokens, weight, other, acc, gated, squares, norm_weight, start + cols, K, EVEN_K, NORM,
                 GATED, SWAP,
@@ -317,7 +315,9 @@ def linear_kernel(
                 part = parts + s * PART
                 acc += tl.load(part + cells, mask=is_token, other=0.0, cache_modifier=".cg")
                 if GATED:
-                    gated += tl.load(part + TILE + cells, mask=is_token, other=0.0, cache_modifier=".cg")
+                    gated += tl.load(
+                        part + TILE + cells, mask=is_token, other=0.0, cache_modifier=".cg"
+                    )
                 if NORM != NO_NORM:
                     sums += tl.load(part + PART - BLOCK_M + rows, cache_modifier=".cg")
             _finish(

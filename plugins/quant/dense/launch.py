@@ -30,8 +30,13 @@ GATE_BLOCK: Final = 1024
 class Weights(Protocol):
     """A layer, as far as launches look at it: its weights may move between calls."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    @property
+    def weight(self) -> torch.Tensor:
+        """[rows, K], contiguous."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[rows]."""
 
 
 class Workspace(NamedTuple):

@@ -59,7 +59,8 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.weight = make_weight((spec.out_features, spec.in_features), spec.dtype, spec.device)
         self.bias = make_weight((spec.out_features,), spec.dtype, spec.device) if spec.bias else None
-        workspace_on(self.weight.device)  # at the latest now: none may be made while a graph is captured
+        # At the latest now: none may be made while a graph is captured.
+        workspace_on(self.weight.device)
         plain = Operation(spec.out_features, spec.in_features, bias=spec.bias)
         half = spec.out_features // 2
         self._plain = Form(self, plain)

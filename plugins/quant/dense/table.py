@@ -29,6 +29,8 @@ MAX_DISTANCE: Final = 2.0
 SHIPPED: Final = Path(__file__).parent / "configs"
 SAME_CARDS: Final = {(9, 0): "NVIDIA H200"}
 """Whose entries hold for all cards of a compute capability that have none of their own."""
+MIN_BLOCK_K: Final = 256
+"""What a warp loads at once."""
 
 LIBRARY: Final = KernelConfig("library")
 
@@ -113,7 +115,7 @@ def guess(op: Operation, num_tokens: int) -> KernelConfig:
         return LIBRARY
     tokens = next(tokens for tokens in TOKENS_OF_VECTOR if tokens >= num_tokens)
     block_k = math.gcd(op.num_inputs, 4096)
-    if block_k < 256:  # noqa: PLR2004  a warp's 16-byte loads
+    if block_k < MIN_BLOCK_K:
         block_k = 1024
     rows = 4 if tokens == 1 else 2
     return KernelConfig(
@@ -166,5 +168,7 @@ def write_entries(file: Path, entries: Iterable[Entry]) -> None:
 def _shorten(config: KernelConfig) -> dict[str, Any]:
     values = {field.name: (getattr(config, field.name), field.default) for field in fields(config)}
     return {
-        name: value for name, (value, default) in values.items() if default is MISSING or value != default
+        name: value
+        for name, (value, default) in values.items()
+        if default is MISSING or value != default
     }
