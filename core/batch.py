@@ -76,8 +76,17 @@ class StepShape(NamedTuple):
     @property
     def num_words(self) -> int:
         """Of eight bytes, in the buffer."""
-        by_row = self.num_rows + (2 * self.num_rows + 2) // 2
-        return 4 * self.num_tokens + by_row + 3 * self.num_draws
+        return sum(_round_up(size, 2) for size in self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Words of each field; the last two are of half the size."""
+        tokens, rows, draws = self
+        return (*[tokens] * 4, rows, *[draws] * 3, _round_up(rows + 1, 2) // 2, _round_up(rows, 2) // 2)
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 class _Fields(NamedTuple):
@@ -106,13 +115,16 @@ def _split(words: Any, integers: Any, shape: StepShape) -> _Fields:
     :param words: the buffer as int64.
     :param integers: the same memory as int32.
     """
-    num_tokens, num_rows, num_draws = shape
-    sizes = [num_tokens] * 4 + [num_rows] + [num_draws] * 3
-    ends = np.cumsum(sizes).tolist()
-    parts = [words[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    first = 2 * ends[-1]
-    middle = first + num_rows + 1
-    return _Fields._make([*parts, integers[first:middle], integers[middle : middle + num_rows]])
+    parts, first = [], 0
+    # Every field begins at a multiple of 16 bytes: kernels are compiled for that, and anew without.
+    for size in shape._sizes:  # noqa: SLF001  of this module
+        parts.append((first, size))
+        first += _round_up(size, 2)
+    *wide, starts, lens = parts
+    fields = [words[start : start + size] for start, size in wide]
+    fields.append(integers[2 * starts[0] :][: shape.num_rows + 1])
+    fields.append(integers[2 * lens[0] :][: shape.num_rows])
+    return _Fields._make(fields)
 
 
 class Draws(NamedTuple):

@@ -83,6 +83,23 @@ def test_a_step_is_what_its_plan_says(plan):
     assert draws.positions.tolist() == [ends[i] for i in drawing]
 
 
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 9))
+def test_all_fields_begin_where_wide_loads_may(num_tokens, num_rows, num_draws):
+    """Kernels are compiled for the alignment of their arguments: another one would compile them anew."""
+    shape = StepShape(num_tokens, num_rows, num_draws)
+    inputs = StepInputs(shape, CPU)
+    start = inputs.fields.positions.data_ptr()
+    places = []
+    for field in inputs.fields:
+        begin = field.data_ptr() - start
+        assert begin % 16 == 0 or len(field) == 0
+        places.append((begin, begin + field.nbytes))
+    places.sort()
+    for (_, end), (begin, _) in pairwise(place for place in places if place[0] < place[1]):
+        assert end <= begin
+    assert places[-1][1] <= 8 * shape.num_words
+
+
 @given(steps(decode_only=True), st.integers(0, 3))
 def test_padding_changes_nothing_else_and_stays_in_the_null_block(plan, num_padding):
     count = len(plan.rows)

@@ -29,7 +29,8 @@ def run_interpreted(path, *options):
 
 def patch():
     """Patch the interpreter of this process, once."""
-    from triton.runtime import interpreter  # noqa: PLC0415  only where it is to interpret
+    from triton.language import standard  # noqa: PLC0415  only where it is to interpret
+    from triton.runtime import interpreter  # noqa: PLC0415  as above
 
     patch_tensor = interpreter._patch_lang_tensor
     patch_language = interpreter._patch_lang
@@ -40,24 +41,24 @@ def patch():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patch_language_once(function):
-        """Patch for a kernel alone: its helpers use the same `triton.language`.
+        """Patch for a kernel alone, with all that its helpers and those of Triton need.
 
-        Triton patches anew for each call, which takes most of the time.
+        Triton patches anew for each call of a helper, which takes most of the time, and never takes
+        that back, so that each call is slower than the one before.
         """
-        is_ours = function.__module__.startswith("plugins.")
-        if is_ours and kernels_running:
+        if kernels_running:
             return interpreter._LangPatchScope()
-        scope = patch_language(function)
-        if is_ours:
-            kernels_running.append(function)
-            restore = scope.restore
+        kernels_running.append(function)
+        scopes = [patch_language(function), patch_language(standard.max.fn)]
+        restore = scopes[0].restore
 
-            def restore_and_note():
-                kernels_running.clear()
-                restore()
+        def restore_all():
+            scopes[1].restore()
+            restore()
+            kernels_running.clear()
 
-            scope.restore = restore_and_note
-        return scope
+        scopes[0].restore = restore_all
+        return scopes[0]
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._patch_lang = patch_language_once

@@ -168,13 +168,12 @@ def test_all_sizes_are_captured_in_the_end_and_nothing_is_compiled_after_that(pa
         graphs = executor_of(llm)._graphs
         assert graphs is not None
         assert graphs.num_captured == graphs.num_shapes
-        llm.generate(make_prompts(50), SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
         compiled: list[Any] = []
         hook = triton.knobs.runtime.jit_post_compile_hook
         triton.knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["key"])
         try:
-            for count in (1, 2, 5, 17, 33, 64):
-                params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+            for count in (50, 1, 2, 5, 17, 33, 64):
+                params = SamplingParams(max_tokens=6, temperature=0.7, ignore_eos=True)
                 llm.generate(make_prompts(count), params, use_tqdm=False)
         finally:
             triton.knobs.runtime.jit_post_compile_hook = hook

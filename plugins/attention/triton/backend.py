@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from plugins.attention.triton.decode import NUM_QUERY_ROWS, decode
 from plugins.attention.triton.plan import plan_decodes, plan_prompts
 from plugins.attention.triton.prefill import prefill
-from plugins.attention.triton.tuning import Card, Tuning, choose_tuning, describe_card
+from plugins.attention.triton.tuning import Card, DecodeTuning, Tuning, choose_tuning, describe_card
 from plugins.attention.triton.write import write
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class TritonAttention:
     ) -> None:
         """Attend in the rows with one query; with `rotary` in the fused form."""
         layer, batch = self._layers[spec.layer], meta.batch
-        tuning, work = self._tuning.decode_for(batch.num_rows), self._workspace
+        tuning, work = self._decode_tuning(batch, is_fused=rotary is not None), self._workspace
         cos, sin = rotary or (None, None)
         window = spec.window or NO_WINDOW
         is_fused = cos is not None
@@ -262,17 +262,21 @@ class TritonAttention:
             q, out, layer.k, layer.v, layer.k_scales, layer.v_scales, cos, sin,
             plan, batch.query_starts, batch.seq_lens, batch.slots, batch.block_tables,
             work.parts, work.stats, work.counters,
-            q.stride(0), batch.block_tables.stride(0), batch.num_rows, window, spec.scale,
+            q.stride(0), batch.block_tables.stride(0), batch.num_rows, window, int(is_early), spec.scale,
             spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.head_dim,
             self._padded_half, self._padded_dim, self._spec.block_size,
             tuning.block_n, tuning.num_ctas, tuning.min_tiles, tuning.num_stages,
             spec.softcap or 0.0, is_fused, self._is_narrow, layer.k_scales is not None,
-            self._has_fp8, self._has_pdl, is_early,
+            self._has_fp8, self._has_pdl,
             num_warps=tuning.num_warps, launch_pdl=self._has_pdl,
         )  # fmt: skip
 
+    def _decode_tuning(self, batch: StepBatch, *, is_fused: bool) -> DecodeTuning:
+        """Choose by the number of rows; beside prompts always the same, for each is a kernel to compile."""
+        return self._tuning.decode_for(batch.num_rows) if is_fused else self._tuning.decode
+
     def _plan_decodes(self, batch: StepBatch, window: int, is_fused: bool) -> torch.Tensor:
-        tuning = self._tuning.decode_for(batch.num_rows)
+        tuning = self._decode_tuning(batch, is_fused=is_fused)
         size = batch.num_rows + 1 + tuning.num_ctas
         plan = torch.empty(size, dtype=torch.int32, device=self._spec.device)
         plan_decodes[(1,)](

@@ -26,7 +26,7 @@ from plugins.attention.triton.plan import first_tile
 NUM_QUERY_ROWS: tl.constexpr = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows", "window"])
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "window", "is_early"])
 def decode(
     q: tl.tensor,  # [T, ...], rows of q_stride: H heads, in the fused form followed by G keys and G values
     out: tl.tensor,  # [T, H, D], written
@@ -48,6 +48,7 @@ def decode(
     table_stride: tl.tensor,
     num_rows: tl.tensor,
     window: tl.tensor,
+    is_early: tl.tensor,  # 1 if the plan is older than the kernel in front of this one, else 0
     scale: tl.tensor,
     G: tl.constexpr,
     GROUP: tl.constexpr,
@@ -65,11 +66,10 @@ def decode(
     HAS_SCALES: tl.constexpr,
     HAS_FP8: tl.constexpr,
     PDL: tl.constexpr,
-    IS_EARLY: tl.constexpr,  # whether the plan is older than the kernel in front of this one
 ) -> None:
     """Attend over one chunk."""
     if PDL:
-        if IS_EARLY:
+        if is_early != 0:
             prefetch_first_tile(
                 plan, seq_lens, tables, k_cache, v_cache, num_rows, table_stride, window,
                 G, D, BLOCK_SIZE, BLOCK_N, NUM_CTAS, MIN_TILES,

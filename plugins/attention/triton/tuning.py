@@ -123,16 +123,17 @@ def choose_tuning(card: Card, head_dim: int, block_size: int, kv_itemsize: int) 
     if card == NO_CARD:
         return FOR_INTERPRETER
     key_bytes = 2 * head_dim * kv_itemsize
-    # The best of some twenty on an H200: one program with deep buffers on each multiprocessor for few
-    # rows, several with one tile on its way each for many.
-    few, some, many = (
+    # The best of some twenty on an H200.  For very few rows one program with deep buffers on each
+    # multiprocessor was as fast by itself, but at batch 1 a step with it took 0.4 ms longer: perhaps for
+    # want of room beside the kernels in front and behind.
+    some, many = (
         _choose_decode(card, key_bytes, block_size, per_sm=per_sm, num_stages=stages, num_warps=warps)
-        for per_sm, stages, warps in ((1, 5, 4), (2, 4, 4), (4, 2, 2))
+        for per_sm, stages, warps in ((2, 4, 4), (4, 2, 2))
     )
     return Tuning(
         many,
         _choose_prefill(card, head_dim, block_size, kv_itemsize),
-        decode_few=((16, few), (48, some)),
+        decode_few=((16, many), (48, some)),
     )
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import torch
+import triton
 from torch import nn
 
+from core.errors import ConfigError
 from core.model.linear import make_weight
 from plugins.quant.dense.launch import NORMS, VECTOR_BYTES, Workspace, make_launch
 from plugins.quant.dense.operation import Operation, partial_sizes
@@ -38,10 +40,15 @@ def workspace_on(device: torch.device) -> Workspace:
 
 @functools.cache
 def card_of(device: torch.device) -> Card:
-    """Return the kind of a device."""
-    if device.type != "cuda":
-        return Card(device.type, (0, 0))
-    return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    """Return the kind of a device.
+
+    :raises ConfigError: it is no GPU, and Triton does not interpret its kernels.
+    """
+    if device.type == "cuda":
+        return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    if not triton.knobs.runtime.interpret:
+        raise ConfigError(f"the kernels of quant.dense run on cuda, not on {device}; see --device")
+    return Card(device.type, (0, 0))
 
 
 class DenseLinear(nn.Module):

@@ -1,7 +1,7 @@
 """Which kernel computes an operation on a card, by its shape and the number of tokens.
 
 Entries are measured: those of this machine (`tune`) go before those that are shipped in `configs/`.  A
-shape that is in neither takes what the nearest shape of its kind takes, where that divides it evenly.
+shape that is in neither takes what the nearest shape of its kind takes, in tiles that divide it evenly.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import functools
 import json
 import math
 import os
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from core.errors import ConfigError
-from plugins.quant.dense.operation import TOKENS_OF_VECTOR, KernelConfig
+from plugins.quant.dense.operation import Kernel, KernelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 MAX_TOKENS: Final = 64
 """Beyond that many, the library's products are at the limit of the card."""
 MAX_DISTANCE: Final = 2.0
-"""How far a shape may be from a measured one to be served like it, see `_distance`."""
+"""How far a shape may be from a measured one to be served just like it, see `_distance`."""
 SHIPPED: Final = Path(__file__).parent / "configs"
 SAME_CARDS: Final = {(9, 0): "NVIDIA H200"}
 """Whose entries hold for all cards of a compute capability that have none of their own."""
 MIN_BLOCK_K: Final = 256
 """What a warp loads at once."""
+MIN_TILE: Final = 64
+"""Rows and columns of a weight's tile: what tensor cores take, and a full line of memory."""
 
 LIBRARY: Final = KernelConfig("library")
 
@@ -69,7 +71,7 @@ class Table:
 
     def choose(self, op: Operation, num_tokens: int) -> KernelConfig:
         """Choose the configuration of an operation."""
-        if num_tokens > MAX_TOKENS:
+        if not 0 < num_tokens <= MAX_TOKENS:
             return LIBRARY
         # A sum onto the stream costs what a plain product does.
         kind = "residual" if op.kind == "plain" else op.kind
@@ -77,16 +79,22 @@ class Table:
             config = _for_tokens(self._by_shape.get((known, op.num_outputs, op.num_inputs)), num_tokens)
             if config is not None:
                 return config
-        near = min(
-            (shape for shape in self._by_shape if shape[0] == kind),
-            key=lambda shape: _distance(op, shape),
-            default=None,
-        )
-        if near is not None and _distance(op, near) <= MAX_DISTANCE:
-            config = _for_tokens(self._by_shape[near], num_tokens)
-            if config is not None and _divides(op, config):
-                return config
-        return guess(op, num_tokens)
+        return self._like_nearest(op, kind, num_tokens) or guess(op, num_tokens)
+
+    def _like_nearest(self, op: Operation, kind: str, num_tokens: int) -> KernelConfig | None:
+        """Take over what the nearest shape of the kind has; `None` if that does not suit."""
+        shapes = [
+            shape
+            for shape, configs in self._by_shape.items()
+            if shape[0] == kind and _for_tokens(configs, num_tokens) is not None
+        ]
+        near = min(shapes, key=lambda shape: _distance(op, shape), default=None)
+        config = None if near is None else _for_tokens(self._by_shape[near], num_tokens)
+        if near is None or config is None:
+            return None
+        if _distance(op, near) <= MAX_DISTANCE and _divides(op, config):
+            return config
+        return shrink(op, config) if num_tokens > 1 else None
 
 
 def _for_tokens(configs: Mapping[int, KernelConfig] | None, num_tokens: int) -> KernelConfig | None:
@@ -109,19 +117,37 @@ def _divides(op: Operation, config: KernelConfig) -> bool:
     )
 
 
+def shrink(op: Operation, config: KernelConfig) -> KernelConfig | None:
+    """Halve a measured tile, or the parts of its sum, until the shape is a multiple of it.
+
+    :return: `None` if that takes tiles that are too small to be fast.
+    """
+    if config.kernel != "tile":
+        return config if _divides(op, config) else None
+    block_n, block_k, split_k = config.block_n, config.block_k, config.split_k
+    while op.num_outputs % block_n and block_n > MIN_TILE:
+        block_n //= 2
+    while op.num_inputs % block_k and block_k > MIN_TILE:
+        block_k //= 2
+    while op.num_inputs % (block_k * split_k) and split_k > 1:
+        split_k //= 2
+    smaller = replace(config, block_n=block_n, block_k=block_k, split_k=split_k)
+    return smaller if _divides(op, smaller) else None
+
+
 def guess(op: Operation, num_tokens: int) -> KernelConfig:
-    """Choose where nothing was measured: the kernel without tensor cores, or the library."""
-    if num_tokens > TOKENS_OF_VECTOR[-1]:
+    """Choose where nothing was measured: for one token the kernel without tensor cores.
+
+    With several accumulators that kernel loses to the library in nearly all shapes that were measured.
+    """
+    if num_tokens > 1:
         return LIBRARY
-    tokens = next(tokens for tokens in TOKENS_OF_VECTOR if tokens >= num_tokens)
     block_k = math.gcd(op.num_inputs, 4096)
     if block_k < MIN_BLOCK_K:
         block_k = 1024
-    rows = 4 if tokens == 1 else 2
     return KernelConfig(
         "vector",
-        block_m=tokens,
-        block_n=rows // 2 if op.activation else rows,
+        block_n=2 if op.activation else 4,
         block_k=block_k,
         num_warps=min(max(block_k // 512, 1), 8),
     )
@@ -133,11 +159,15 @@ def table_of(card: Card) -> Table:
 
     :raises ConfigError: a file is malformed.
     """
-    shipped = SHIPPED / f"{card.name}.json"
-    if not shipped.exists():
-        shipped = SHIPPED / f"{SAME_CARDS.get(card.capability)}.json"
-    files = (shipped, tuned_file(card))
+    files = (shipped_file(card), tuned_file(card))
     return Table(entry for file in files if file.exists() for entry in read_entries(file))
+
+
+def shipped_file(card: Card) -> Path:
+    """Where the entries that come with the package are, if there are any."""
+    own = SHIPPED / f"{card.name}.json"
+    same = SAME_CARDS.get(card.capability)
+    return own if own.exists() or same is None else SHIPPED / f"{same}.json"
 
 
 def tuned_file(card: Card) -> Path:
@@ -153,9 +183,31 @@ def read_entries(file: Path) -> list[Entry]:
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        return [Entry(**{**row, "config": KernelConfig(**row["config"])}) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+        entries = [Entry(**{**row, "config": KernelConfig(**row["config"])}) for row in rows]
+        for entry in entries:
+            _check(entry)
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file} is malformed ({error}); delete it or run `tune` again") from error
+    return entries
+
+
+def _check(entry: Entry) -> None:
+    """Refuse what would leave tokens out, or could not be launched.
+
+    :raises ValueError: says what is wrong.
+    """
+    config = entry.config
+    if config.kernel not in get_args(Kernel):
+        raise ValueError(f"kernel {config.kernel!r} is none of {', '.join(get_args(Kernel))}")
+    if config.kernel == "library":
+        return
+    if config.block_m < entry.tokens:
+        raise ValueError(f"{entry.tokens} tokens do not fit into tiles of {config.block_m}")
+    sizes = (config.block_m, config.block_n, config.block_k, config.num_warps)
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        raise ValueError(f"sizes {sizes} are not all powers of two")
+    if config.split_k < 1 or config.num_stages < 1:
+        raise ValueError(f"split_k {config.split_k} and num_stages {config.num_stages} start at 1")
 
 
 def write_entries(file: Path, entries: Iterable[Entry]) -> None:

@@ -101,18 +101,21 @@ class TritonSampler(TorchSampler):
     the rows beside it.
 
     :param dtype: of the logits, if known: then `allocate` compiles, so that no graph has to.
+    :param tuning: instead of what suits the card.
     """
 
+    _tuning: Tuning
     _workspace: Workspace
 
-    def __init__(self, dtype: str | None = None) -> None:
+    def __init__(self, dtype: str | None = None, tuning: Tuning | None = None) -> None:
         self._dtype = None if dtype is None else getattr(torch, dtype)
-        self._tuning = FOR_INTERPRETER
+        self._wanted_tuning = tuning
         self._has_pdl = False
 
     def memory_bytes(self, max_rows: int, vocab_size: int, device: torch.device, /) -> int:
         """Bound what this sampler may ever allocate, lazy matrices and workspace included."""
-        num_cells = max(choose_tuning(device).num_programs, max_rows)
+        tuning = self._wanted_tuning or choose_tuning(device)
+        num_cells = max(tuning.num_programs, max_rows)
         gathered = min(GATHERED_ROWS, max_rows) * vocab_size * 4
         workspace = num_cells * 8 + max_rows * 8
         return super().memory_bytes(max_rows, vocab_size, device) + gathered + workspace
@@ -123,7 +126,7 @@ class TritonSampler(TorchSampler):
     ) -> None:
         """Allocate the state of all rows and the workspace, or allocate them anew."""
         super().allocate(max_rows, vocab_size, max_model_len, device)
-        self._tuning = choose_tuning(device)
+        self._tuning = self._wanted_tuning or choose_tuning(device)
         self._has_pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._workspace = _make_workspace(min(max_rows, MAX_LAUNCH_ROWS), self._tuning, device)
         if self._dtype in KERNEL_DTYPES and device.type == "cuda":
