@@ -17,7 +17,9 @@ from plugins.sampler import triton as plugin
 INTERPRETED = Path(__file__).with_name("sampler_triton_interpreted.py")
 
 
-@pytest.mark.parametrize("part", ["frequencies", "TestTritonSampler and not frequencies", "not TestTritonSampler"])
+@pytest.mark.parametrize(
+    "part", ["frequencies", "TestTritonSampler and not frequencies", "not TestTritonSampler"]
+)
 def test_in_the_interpreter(part):
     triton_interpreter.run_interpreted(INTERPRETED, "-k", part)
 

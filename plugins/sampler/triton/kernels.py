@@ -92,7 +92,7 @@ def _pick(
     return is_last, value, index
 
 
-@triton.jit(do_not_specialize=["num_parts", "part_tiles"])
+@triton.jit(do_not_specialize=["num_parts", "part_tiles"], do_not_specialize_on_alignment=["tokens"])
 def find_likeliest(
     logits: tl.tensor,  # [N, V], rows of `stride`
     values: tl.tensor,  # [N · num_parts] float32, workspace
@@ -136,7 +136,10 @@ def find_likeliest(
         tl.store(tokens + row, tl.where(is_finite, index, BAD).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_parts", "part_tiles"])
+@triton.jit(
+    do_not_specialize=["num_parts", "part_tiles"],
+    do_not_specialize_on_alignment=["rows", "positions", "tokens"],
+)
 def race(
     logits: tl.tensor,  # [N, V], rows of `stride`
     rows: tl.tensor,  # [N] int64

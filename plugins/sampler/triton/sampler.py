@@ -130,11 +130,9 @@ class TritonSampler(TorchSampler):
         self._has_pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._workspace = _make_workspace(min(max_rows, MAX_LAUNCH_ROWS), self._tuning, device)
         if self._dtype in KERNEL_DTYPES and device.type == "cuda":
-            self._draw_with_kernels(
-                torch.zeros((1, vocab_size), dtype=self._dtype, device=device),
-                SampleRows(*torch.zeros((2, 1), dtype=torch.int64, device=device), ()),
-                is_random=True,
-            )
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            logits = torch.zeros((1, vocab_size), dtype=self._dtype, device=device)
+            self._draw_with_kernels(logits, SampleRows(zero, zero, ()), is_random=True)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: SampleRows, /) -> Sampled:
