@@ -143,7 +143,7 @@ def pins():
 
 def test_every_direct_dependency_is_pinned_within_its_bounds():
     direct = requirements()
-    for extra in EXTRAS - {"cuda"}:  # its versions are those of the GPU side
+    for extra in EXTRAS:
         direct |= requirements(extra)
     pinned = pins()
     assert set(pinned) == set(direct)

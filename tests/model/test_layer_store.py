@@ -12,10 +12,10 @@ from torch import nn
 
 from core.errors import CapacityError
 from core.model.decoder import make_decoder
-from core.model.slots import LayerSlots
 from core.model.families import load_hf_config, read_model
 from core.model.layer_store import LayerStore
 from core.model.linear import PlainScheme
+from core.model.slots import LayerSlots
 from core.model.weights import load_dummy, load_weights
 from core.quant.dense import DenseAttention
 from core.sharding import Span

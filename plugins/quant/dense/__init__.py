@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from core.hookspecs import hookimpl
 from core.registry import QuantizerEntry, Requirements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from core.interfaces import QuantScheme
     from core.plan import Plan
@@ -51,3 +51,11 @@ def core_register_quantizers() -> Iterable[QuantizerEntry]:
             summary="unquantized weights on a GPU, with fused kernels",
         )
     ]
+
+
+@hookimpl
+def core_register_commands(subcommands: Callable[[str, Callable[..., Any]], None]) -> None:
+    """Add `tune`."""
+    from plugins.quant.dense.command import tune  # noqa: PLC0415  only a command line needs it
+
+    subcommands("tune", tune)

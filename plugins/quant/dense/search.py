@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     """By slot."""
     Measure = Callable[[Configs], float]
     """µs of the chain; infinite if it cannot run."""
+    Prepare = Callable[[Iterable[tuple[str, KernelConfig]]], None]
+    """Hears of (slot, configuration) before they are measured, to compile them side by side."""
 
 MIN_GAIN: Final = 0.0015
 """By how much, relatively, a chain has to be faster to replace another; less is noise."""
@@ -38,48 +40,61 @@ def search(
     chosen: Configs,
     candidates: Mapping[str, Sequence[KernelConfig]],
     measure: Measure,
+    prepare: Prepare,
     is_over: Callable[[], bool],
 ) -> Found:
     """Improve one slot after the other, twice: first the kernel, then how it overlaps.
 
-    :param chosen: to begin with, with the best of its overlaps.
+    :param chosen: to begin with, in the overlap that is best for all slots together.
     :param candidates: by slot, in the order in which slots are tried.
     :param is_over: whether to stop; what was best until then is returned.
     """
-    best = _fastest([chosen, *(_with_overlap(chosen, way) for way in ("", "late", "early"))], measure)
-    seen: dict[str, dict[KernelConfig, float]] = {slot: {} for slot in candidates}
-    for slot, options in candidates.items():
-        way = best.configs[slot].overlap
-        best = _improve(best, slot, [_overlapping(c, way) for c in options], measure, is_over, seen)
-    for slot in candidates:
-        ranked = sorted(seen[slot], key=seen[slot].__getitem__)
-        finalists = dict.fromkeys([best.configs[slot], *ranked[:NUM_FINALISTS]])
-        options = [variant for config in finalists for variant in (config, *overlaps(config))]
-        best = _improve(best, slot, options, measure, is_over, seen)
+    starts = [chosen, *(_with_overlap(chosen, way) for way in ("", "late", "early"))]
+    prepare(job for start in starts for job in start.items())
+    best = _fastest(starts, measure)
+    first = {
+        slot: [_overlapping(config, best.configs[slot].overlap) for config in configs]
+        for slot, configs in candidates.items()
+    }
+    best, seen = _improve(best, first, measure, prepare, is_over)
+    second = {slot: _finalists(best.configs[slot], seen[slot]) for slot in candidates}
+    best, _ = _improve(best, second, measure, prepare, is_over)
     return best
 
 
-def _improve(  # noqa: PLR0917  private, and called twice
+def _finalists(current: KernelConfig, seen: Mapping[KernelConfig, float]) -> list[KernelConfig]:
+    """Choose the best few of a slot, in each of their overlaps."""
+    ranked = sorted(seen, key=seen.__getitem__)[:NUM_FINALISTS]
+    chosen = dict.fromkeys([current, *ranked])
+    return [variant for config in chosen for variant in (config, *overlaps(config))]
+
+
+def _improve(
     best: Found,
-    slot: str,
-    options: Iterable[KernelConfig],
+    options: Mapping[str, Sequence[KernelConfig]],
     measure: Measure,
+    prepare: Prepare,
     is_over: Callable[[], bool],
-    seen: dict[str, dict[KernelConfig, float]],
-) -> Found:
-    """Try options of a slot among what the others have at present."""
-    current = best.configs
-    for option in dict.fromkeys(options):
-        if option == current[slot]:
-            continue
-        if is_over():
-            break
-        configs = {**current, slot: option}
-        micros = measure(configs)
-        seen[slot][option] = micros
-        if micros < best.micros * (1 - MIN_GAIN):
-            best = Found(configs, micros)
-    return best
+) -> tuple[Found, dict[str, dict[KernelConfig, float]]]:
+    """Try the options of each slot among what the other slots have by then.
+
+    :return: the best chain, and the µs with each option, by slot.
+    """
+    seen: dict[str, dict[KernelConfig, float]] = {slot: {} for slot in options}
+    if not is_over():
+        prepare((slot, config) for slot, configs in options.items() for config in configs)
+    for slot, configs in options.items():
+        base = best.configs
+        for config in dict.fromkeys(configs):
+            if config == base[slot]:
+                continue
+            if is_over():
+                return best, seen
+            found = Found({**base, slot: config}, measure({**base, slot: config}))
+            seen[slot][config] = found.micros
+            if found.micros < best.micros * (1 - MIN_GAIN):
+                best = found
+    return best, seen
 
 
 def _fastest(chains: Iterable[Configs], measure: Measure) -> Found:

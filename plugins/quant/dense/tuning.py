@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
-import triton
 from torch.nn import functional
 
 from core.errors import CapacityError
@@ -103,10 +103,8 @@ class Chain:
         """Compile kernels side by side; what cannot be compiled is found by `problem`."""
 
         def attempt(job: tuple[str, KernelConfig]) -> None:
-            try:
+            with contextlib.suppress(Exception):
                 self._warm_up(*job, num_tokens)
-            except Exception:  # noqa: BLE001, S110  as any compiler may fail
-                pass
 
         with ThreadPoolExecutor(NUM_COMPILERS) as pool:
             list(pool.map(attempt, jobs))
@@ -149,8 +147,7 @@ class Chain:
     def _ends(self, slot: str, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where a slot reads, [T, inputs], and what has the shape of its result, [T, outputs]."""
         _, op, reads, writes = self.slots[slot]
-        x = self._buffers[reads][:num_tokens, : op.num_inputs]
-        return x, self._buffers[writes].flatten()[: num_tokens * op.num_outputs].view(num_tokens, -1)
+        return self._buffers[reads][:num_tokens, : op.num_inputs], self._buffers[writes][:num_tokens]
 
     def _expect(self, slot: str) -> torch.Tensor:
         """Compute a slot of the first layer in float64, for the most tokens."""
@@ -164,7 +161,10 @@ class Chain:
             y = functional.linear(x, layer.weight.double(), bias)
             if op.activation:
                 gate, up = y.chunk(2, -1)
-                y = ACTIVATIONS[op.activation](gate) * up  # type: ignore[index]  a style that is served
+                activate = {str(name): function for name, function in ACTIVATIONS.items()}[
+                    op.activation
+                ]
+                y = activate(gate) * up
             self._expected[slot] = y + before if op.residual else y
         return self._expected[slot]
 
@@ -192,7 +192,7 @@ class Chain:
 
         return run, own[list(self.slots.values())[-1].writes]
 
-    def _step(  # noqa: PLR0917  private, and called once
+    def _step(
         self,
         slot: Slot,
         config: KernelConfig,
@@ -284,8 +284,3 @@ def _layers_that_fit(slots: Sequence[Slot], dtype: torch.dtype, device: torch.de
             f" GiB more; {free / 2**30:.1f} GiB are free on {device}"
         )
     return count
-
-
-def is_interpreted() -> bool:
-    """Whether Triton interprets its kernels, so that nothing can be measured."""
-    return bool(triton.knobs.runtime.interpret)
