@@ -467,6 +467,8 @@ class TorchExecutor:
 
     def _make_graphs(self) -> StepGraphs | None:
         """Prepare to capture steps, or say why not."""
+        if self.device.type != "cuda":
+            return None
         objections = self._graph_objections()
         if objections:
             log.info("no CUDA graphs", because=objections)
@@ -486,8 +488,6 @@ class TorchExecutor:
         )
 
     def _graph_objections(self) -> list[str]:
-        if self.device.type != "cuda":
-            return ["the device is no GPU"]
         objections = []
         if self._plan.config.enforce_eager:
             objections.append("--enforce-eager")

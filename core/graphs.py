@@ -158,13 +158,19 @@ class StepGraphs:
         taken = []
         kept = []  # or a shape that is captured again would leave its memory to its successor
         for shapes in (largest, largest[:1]):
-            before, _ = torch.cuda.mem_get_info(self._device)
+            before = self._free_bytes()
             for shape in shapes:
                 self._capture(shape)
                 kept.append(self._graphs[shape])
-            after, _ = torch.cuda.mem_get_info(self._device)
-            taken.append(max(0, before - after))
+            taken.append(max(0, before - self._free_bytes()))
         return taken[0], taken[1]
+
+    def _free_bytes(self) -> int:
+        # What the allocator keeps for later would be given back by the capture itself.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free
 
     def replay(self, graph: StepGraph, key: Hashable | None) -> torch.Tensor | None:
         """Run a step whose inputs have been uploaded.

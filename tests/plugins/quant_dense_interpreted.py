@@ -1,6 +1,7 @@
 """What needs Triton's interpreter, and so a process that was started for it: see test_quant_dense.py.
 
-The interpreter multiplies matrices of bfloat16 wrongly, and knows no overlap; those are for tests on a GPU.
+The interpreter multiplies matrices of bfloat16 wrongly, rounds to it towards zero, and knows no overlap;
+those are for tests on a GPU.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from torch.nn import functional
 
 from core.interfaces import LinearSpec, SupportsGate, SupportsNorm, SupportsResidual, missing_members
 from core.model.layers import ACTIVATIONS, RMSNorm
-from core.testing.quantizer import TOLERANCES, QuantizerConformance
+from core.testing.lone_linear import TINY_MODEL
+from core.testing.quantizer import QuantizerConformance
 from plugins.quant import dense as plugin
 from plugins.quant.dense import linear
+from plugins.quant.dense.candidates import slots_of_head, slots_of_layer
 from plugins.quant.dense.launch import Workspace, make_gate, make_launch, make_norm
 from plugins.quant.dense.linear import DenseLinear, card_of, workspace_on
 from plugins.quant.dense.operation import KernelConfig, Operation, partial_sizes
 from plugins.quant.dense.table import Card, Entry, Table
+from plugins.quant.dense.tuning import Chain
 
 triton_interpreter.patch()
 
 (ENTRY,) = plugin.core_register_quantizers()
-FEW = settings(QuantizerConformance.settings, max_examples=25, phases=[Phase.generate], database=None)
+FEW = settings(QuantizerConformance.settings, max_examples=14, phases=[Phase.generate], database=None)
 EPS = 1e-5
 HOST = torch.device("cpu")
 
@@ -213,15 +217,14 @@ def test_tiles_take_any_number_of_tokens_where_they_are_large():
 
 
 @pytest.mark.parametrize("style", ["plain", "one_plus"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_norm_alone_rounds_as_the_model_does(style, dtype):
+def test_the_norm_alone_rounds_as_the_model_does(style):
     torch.manual_seed(0)
-    norm = RMSNorm(96, EPS, style, dtype, HOST)
+    norm = RMSNorm(96, EPS, style, torch.float16, HOST)
     torch.nn.init.normal_(norm.weight, 0.8, 0.3)
-    x = in_poison(torch.randn(40, 96).to(dtype))
+    x = in_poison(torch.randn(40, 96).half())
     out = make_norm(96, style, overlap=False)(x, norm.weight, EPS)
     # The root may differ in its last bit, and then a value in between two may go the other way.
-    torch.testing.assert_close(out, norm(x), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(out, norm(x), rtol=4 * 2**-10, atol=0)
     assert (out == norm(x)).float().mean() > 0.99
 
 
@@ -305,7 +308,7 @@ def verify_forms(layer, num_tokens):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, 16, 17, 64, 65, 90])
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 64, 65])
 def test_all_forms_of_a_layer(num_tokens, bias, monkeypatch):
     monkeypatch.setattr(linear, "table_of", lambda card: table_of_tiles())
     layer = make_layer(bias=bias)
@@ -336,17 +339,40 @@ def test_launches_are_made_once_for_each_number_of_tokens(monkeypatch):
     assert made == [1, 3, 65]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 10, 50, 80])
-def test_weights_may_be_swapped_below_a_layer(num_tokens, monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [
+        KernelConfig("vector", 4, 32, overlap=""),
+        KernelConfig("tile", 16, 16, block_m=16, num_stages=2, overlap=""),
+        KernelConfig("tile", 16, 16, block_m=16, tma=True, overlap=""),
+        KernelConfig("tile", 16, 16, block_m=16, tma=True, eager=True, overlap=""),
+        KernelConfig("library", overlap=""),
+    ],
+    ids=str,
+)
+def test_weights_may_be_swapped_below_a_launch(config):
     """As offloading does: `weight.data` is another storage at each step."""
+    op = Operation(20, 64, bias=True)
+    given = draw(op, 1, torch.float16, 0)
+    given.weight = torch.nn.Parameter(given.weight, requires_grad=False)
+    given.bias = torch.nn.Parameter(given.bias, requires_grad=False)
+    launch = make_launch(op, config, 1, given, poisoned_workspace())
+    run(op, launch, given, 1)
+    old, other = (given.weight.data, given.bias.data), draw(op, 1, torch.float16, 1)
+    given.weight.data, given.bias.data = other.weight, other.bias
+    for tensor in old:
+        tensor.fill_(math.nan)
+    assert_close(run(op, launch, given, 1), expect(op, given), torch.float16)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10])
+def test_weights_may_be_swapped_below_a_layer(num_tokens, monkeypatch):
     monkeypatch.setattr(linear, "table_of", lambda card: table_of_tiles())
     layer = make_layer()
     verify_forms(layer, num_tokens)
-    old, old_bias = layer.weight.data, layer.bias.data
+    old = layer.weight.data
     layer.weight.data = torch.randn_like(old)
-    layer.bias.data = torch.randn_like(old_bias)
     old.fill_(math.nan)
-    old_bias.fill_(math.nan)
     verify_forms(layer, num_tokens)
 
 
@@ -354,10 +380,8 @@ def test_layers_share_a_workspace_that_they_leave_clean(monkeypatch):
     monkeypatch.setattr(linear, "table_of", lambda card: table_of_tiles())
     workspace = workspace_on(HOST)
     workspace.partials.fill_(math.nan)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        verify_forms(make_layer(), 9)
-        verify_forms(make_layer(norm_style="plain", activation="silu"), 16)
+    verify_forms(make_layer(), 9)
+    verify_forms(make_layer(norm_style="plain", activation="silu"), 16)
     assert workspace_on(HOST) is workspace
     assert not workspace.arrivals.any()
     assert not workspace.partials.isnan().all(), "no sum was split"
@@ -382,8 +406,7 @@ class TestDense(QuantizerConformance):
     dtypes = ("float16", "bfloat16", "float32")
     in_step, out_step = 3, 2
     max_weight_error = 5e-3
-    tolerances = TOLERANCES
-    settings = settings(QuantizerConformance.settings, max_examples=6)
+    settings = settings(QuantizerConformance.settings, max_examples=4)
 
     def quantize(self, spec, shard, weight, bias):
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -410,3 +433,51 @@ class TestDenseInTiles(TestDense):
 
 def test_the_host_is_no_card():
     assert card_of(HOST) == Card("cpu", (0, 0))
+
+
+# --- what tuning does before it measures -----------------------------------------------------------
+
+TINY = replace(TINY_MODEL, qkv_bias=True)
+TILE = KernelConfig("tile", 16, 32, block_m=16, split_k=2, num_stages=2, overlap="")
+LIBRARY = KernelConfig("library", overlap="")
+
+
+def make_chain(slots=None, num_layers=2):
+    return Chain(slots or slots_of_layer(TINY), num_layers, torch.float16, HOST)
+
+
+@pytest.mark.parametrize("slot", ["qkv", "out", "gate_up", "down"])
+def test_candidates_are_checked_before_they_are_measured(slot):
+    chain = make_chain()
+    one = KernelConfig("vector", 8, 64, overlap="")
+    assert [chain.problem(slot, config, 1) for config in (one, TILE, LIBRARY)] == ["", "", ""]
+    assert chain.problem(slot, one, 2).startswith("results are off by"), "it computes one token"
+    assert "Error" in chain.problem(slot, replace(TILE, block_n=24), 1)
+
+
+def test_a_chain_computes_what_its_layers_do():
+    chain, outs = make_chain(), []
+    for config in (LIBRARY, TILE):
+        run_all, out = chain.make_run(dict.fromkeys(chain.slots, config), 7)
+        out.fill_(math.nan)
+        run_all()
+        outs.append(out.clone())
+    assert outs[0].shape == (7, TINY.hidden_size)
+    assert_close(outs[1], outs[0].double(), torch.float16)
+    start = chain._buffers["stream"][:7].float()
+    assert (outs[0].float() - start).norm() > 0.1 * start.norm()
+
+
+def test_a_chain_of_heads_has_no_layers_around_it():
+    run_all, out = make_chain(slots_of_head(TINY), num_layers=1).make_run({"lm_head": TILE}, 3)
+    out.fill_(math.nan)
+    run_all()
+    assert out.shape == (3, TINY.vocab_size)
+    assert out.isfinite().all()
+    assert slots_of_head(replace(TINY, tied=True)) == ()
+
+
+def test_what_a_card_lacks_is_not_tried():
+    config = KernelConfig("tile", 16, 32, block_m=16, tma=True, prefetch=64, overlap="late")
+    fitted = make_chain().fit("qkv", config, 16)
+    assert (fitted.tma, fitted.prefetch, fitted.overlap, fitted.fuse_norm) == (False, 0, "", False)

@@ -32,7 +32,7 @@ SMALL = Tuning(Cut(16, 1, 8), Cut(32, 1, 8))
 
 class TestTritonSampler(SamplerConformance):
     entry = replace(ENTRY, unsupported=lambda _: [])
-    num_draws = 800
+    num_draws = 480
     settings = settings(SamplerConformance.settings, max_examples=12, database=None)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from plugins.quant.dense.candidates import Slot
     from plugins.quant.dense.operation import KernelConfig
     from plugins.quant.dense.search import Configs, Found
-    from plugins.quant.dense.table import Entry
+    from plugins.quant.dense.table import Entry, Table
     from plugins.quant.dense.tuning import Chain
 
 NUM_HEADS: Final = 4
@@ -144,8 +144,11 @@ def tune_model(
     import torch  # noqa: PLC0415  the help needs none
 
     from plugins.quant.dense.candidates import slots_of_head, slots_of_layer  # noqa: PLC0415  as above
-    from plugins.quant.dense.tuning import Chain  # noqa: PLC0415  imports triton
+    from plugins.quant.dense.linear import card_of  # noqa: PLC0415  imports triton
+    from plugins.quant.dense.table import table_of  # noqa: PLC0415  as above
+    from plugins.quant.dense.tuning import Chain  # noqa: PLC0415  as above
 
+    table = table_of(card_of(device))
     dtype: torch.dtype = getattr(torch, plan.dtype)
     parts = [
         (slots_of_layer(plan.model), plan.model.num_layers),
@@ -161,7 +164,7 @@ def tune_model(
             share = seconds * len(slots) / num_slots / len(counts)
             for num_tokens in counts:
                 progress.update(task, step=f"{slots[0].name} …, {num_tokens} tokens")
-                reports.append(tune_chain(chain, num_tokens, Budget(share), device))
+                reports.append(tune_chain(chain, num_tokens, Budget(share), table))
                 progress.advance(task)
             del chain  # its memory is the next one's
             torch.cuda.empty_cache()
@@ -189,12 +192,14 @@ class Budget:
         self._end += self._clock() - begin
 
 
-def tune_chain(chain: Chain, num_tokens: int, budget: Budget, device: torch.device) -> Report:
-    """Find the fastest configurations of a chain."""
+def tune_chain(chain: Chain, num_tokens: int, budget: Budget, table: Table) -> Report:
+    """Find the fastest configurations of a chain.
+
+    :param table: what is known so far.
+    """
     from plugins.quant.dense.candidates import candidates  # noqa: PLC0415  the help needs none
-    from plugins.quant.dense.linear import card_of  # noqa: PLC0415  imports triton
     from plugins.quant.dense.search import search  # noqa: PLC0415  as above
-    from plugins.quant.dense.table import LIBRARY, table_of  # noqa: PLC0415  as above
+    from plugins.quant.dense.table import LIBRARY  # noqa: PLC0415  as above
 
     def fit(configs: Configs) -> Configs:
         return {slot: chain.fit(slot, config, num_tokens) for slot, config in configs.items()}
@@ -206,7 +211,7 @@ def tune_chain(chain: Chain, num_tokens: int, budget: Budget, device: torch.devi
         fitted = dict.fromkeys((slot, chain.fit(slot, config, num_tokens)) for slot, config in jobs)
         budget.run_paused(lambda: chain.compile(fitted, num_tokens))
 
-    table, report = table_of(card_of(device)), Report(list(chain.slots.values()), num_tokens)
+    report = Report(list(chain.slots.values()), num_tokens)
     chosen = {slot: table.choose(s.op, num_tokens) for slot, s in chain.slots.items()}
     options = {slot: candidates(s.op, num_tokens, chosen[slot]) for slot, s in chain.slots.items()}
     prepare(chosen.items())

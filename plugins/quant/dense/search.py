@@ -85,6 +85,7 @@ def _improve(
         prepare((slot, config) for slot, configs in options.items() for config in configs)
     for slot, configs in options.items():
         base = best.configs
+        seen[slot][base[slot]] = best.micros
         for config in dict.fromkeys(configs):
             if config == base[slot]:
                 continue
