@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton_interpreter
-from hypothesis import Phase, assume, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -33,7 +33,12 @@ from plugins.quant.dense.tuning import Chain
 triton_interpreter.patch()
 
 (ENTRY,) = plugin.core_register_quantizers()
-FEW = settings(QuantizerConformance.settings, max_examples=14, phases=[Phase.generate], database=None)
+FEW = settings(
+    QuantizerConformance.settings,
+    max_examples=14,
+    phases=[Phase.explicit, Phase.generate],
+    database=None,
+)
 EPS = 1e-5
 HOST = torch.device("cpu")
 
@@ -168,6 +173,13 @@ def check(op, config, num_tokens, dtype, seed):
 
 
 @FEW
+@example(
+    op=Operation(37, 150, norm="one_plus", activation="silu", bias=True),
+    config=KernelConfig("tile", 16, 16, block_m=16, split_k=3, swap=True, eager=True, overlap=""),
+    num_tokens=13,
+    dtype=torch.float16,
+    seed=0,
+)
 @given(
     op=operations(),
     config=tiles(),
@@ -183,6 +195,13 @@ def test_tiles_match_float64(op, config, num_tokens, dtype, seed):
 
 
 @FEW
+@example(
+    op=Operation(10, 150, norm="plain", activation="gelu", bias=True),
+    config=KernelConfig("vector", 4, 32, block_m=2, overlap=""),
+    num_tokens=2,
+    dtype=torch.float16,
+    seed=0,
+)
 @given(
     op=operations(most_outputs=18),  # each program takes long
     config=vectors(),

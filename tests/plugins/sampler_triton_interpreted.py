@@ -283,7 +283,7 @@ def test_only_rows_that_need_torch_take_that_way(monkeypatch):
 
 
 def test_many_rows_for_torch_are_copied_in_pieces():
-    params = [{"top_k": 3}] * (GATHERED_ROWS + 3) + [{}]
+    params = [{"top_k": 5, "temperature": 100.0}] * (GATHERED_ROWS + 16) + [{}]
     ours, reference = (make(cls, params, 20) for cls in (TritonSampler, TorchSampler))
     logits, rows = random_logits(len(params), 20), rows_at([4] * len(params))
     assert torch.equal(ours.sample(logits, rows).tokens, reference.sample(logits, rows).tokens)
@@ -312,6 +312,16 @@ def test_captured_steps_draw_the_same(row_list):
     padded = SampleRows(torch.tensor([*row_list, 4]), torch.tensor([7] * len(row_list) + [0]), ())
     drawn = ours.sample_captured(logits, padded, ours.capture_key(row_list))
     assert torch.equal(drawn[:-1], expected)
+
+
+def test_captured_rows_keep_to_their_own_way(monkeypatch):
+    ours = make(TritonSampler, MIXED, 90)
+    monkeypatch.setattr(
+        TorchSampler, "sample_captured", lambda _, logits, *__: torch.full((len(logits),), -9)
+    )
+    rows = SampleRows(torch.tensor(CAPTURED), torch.tensor([7] * len(CAPTURED)), ())
+    drawn = ours.sample_captured(random_logits(len(CAPTURED), 90), rows, ours.capture_key(CAPTURED))
+    assert [token == -9 for token in drawn.tolist()] == [False, False, True, True, True]
 
 
 def test_strange_keys_are_refused():

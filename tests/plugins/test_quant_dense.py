@@ -299,6 +299,8 @@ def test_unknown_shapes_take_after_the_nearest():
     assert table.choose(far, 9) == LIBRARY, "as the projection to 65536 is"
     assert table.choose(Operation(896, 896, norm="plain"), 8) == replace(small, split_k=1)
     assert table.choose(Operation(1000, 999, norm="plain"), 8) == LIBRARY, "nothing divides it"
+    added = Operation(896, 896, residual=True)
+    assert table.choose(added, 1) == guess(added, 1), "one token has no use for tensor cores"
     assert table.choose(Operation(896, 896, activation="silu"), 8) == LIBRARY, "no gate was measured"
 
 
@@ -453,6 +455,13 @@ def test_a_search_without_time_returns_the_best_so_far(seed, most):
     assert len(costs.measured) <= max(most, 4)
     best = min(sum(costs.of[s][c] for s, c in configs.items()) for configs in costs.measured)
     assert found.micros <= best * (1 + MIN_GAIN) ** len(costs.measured)
+
+
+def test_less_than_noise_is_no_gain():
+    costs = Costs(0)
+    for slot in "ab":
+        costs.of[slot] = {c: 100 - 0.1 * (c != OPTIONS[0]) for c in costs.of[slot]}
+    assert run_search(costs).configs == dict.fromkeys("ab", OPTIONS[0])
 
 
 def test_what_cannot_run_is_never_chosen():
