@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,7 @@ from core.step import NO_TOKEN, PromptLogprobs, RowEntry, StepPlan, StepResult, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from core.assemble import Parts
     from core.plan import Plan
@@ -117,7 +119,10 @@ class TorchExecutor:
 
     def load(self, report: Callable[[int, int], None], /) -> None:
         """Bring the weights to the device."""
-        with explain_out_of_memory(self.device, "loading the weights", _LOAD_KNOBS):
+        with (
+            self._as_current_device(),
+            explain_out_of_memory(self.device, "loading the weights", _LOAD_KNOBS),
+        ):
             self._load(report)
 
     def _load(self, report: Callable[[int, int], None]) -> None:
@@ -143,7 +148,10 @@ class TorchExecutor:
         if config.num_kv_blocks is not None:
             return config.num_kv_blocks + 1
         per_block = self._attention.cache_bytes_per_block(self._cache_spec(1))
-        with explain_out_of_memory(self.device, "running the largest step", _STEP_KNOBS):
+        with (
+            self._as_current_device(),
+            explain_out_of_memory(self.device, "running the largest step", _STEP_KNOBS),
+        ):
             budget = config.kv_cache_memory_bytes or self._free_bytes()
         num_blocks = min(int(budget) // per_block, self._most_useful_blocks())
         asked = config.max_model_len or self._plan.block_size
@@ -158,7 +166,10 @@ class TorchExecutor:
 
     def allocate(self, num_blocks: int, /) -> None:
         """Allocate the KV cache and the rows' state, for sequences that this cache can hold."""
-        with explain_out_of_memory(self.device, "allocating the KV cache", _CACHE_KNOBS):
+        with (
+            self._as_current_device(),
+            explain_out_of_memory(self.device, "allocating the KV cache", _CACHE_KNOBS),
+        ):
             self._allocate(num_blocks)
 
     def _allocate(self, num_blocks: int) -> None:
@@ -299,6 +310,7 @@ class TorchExecutor:
         try:
             with (
                 torch.inference_mode(),
+                self._as_current_device(),
                 explain_out_of_memory(self.device, f"step {plan.step}", _STEP_KNOBS),
             ):
                 self._launch(launched)
@@ -317,7 +329,12 @@ class TorchExecutor:
 
     def work_idle(self) -> bool:
         """Capture one more graph; whether there are more to capture."""
-        return self._graphs is not None and self._graphs.capture_next()
+        with self._as_current_device():
+            return self._graphs is not None and self._graphs.capture_next()
+
+    def _as_current_device(self) -> AbstractContextManager[object]:
+        """Make the device the current one, where Triton launches, whatever thread this is."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _launch(self, launched: _Launched) -> None:
         plan = launched.plan

@@ -134,7 +134,8 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _try(self, shape: StepShape) -> None:
-        self._score(self._run(StepInputs(shape, self._device)))
+        with torch.cuda.device(self._device):  # each thread has a current one of its own
+            self._score(self._run(StepInputs(shape, self._device)))
 
     def capture_first(self) -> None:
         """Capture those without which the engine should not start, the largest first."""
