@@ -20,7 +20,7 @@ import torch
 
 from core.assemble import build_engine, resolve
 from core.bench.ceilings import measure_ceilings
-from core.bench.offline import adapt_to_batch, finish_preparing
+from core.bench.offline import adapt_to_batch
 from core.bench.trace import KernelTotal, add_up, busy_time, read_spans
 from core.bench.workloads import VOCAB_SIZE, uniform
 from core.errors import ConfigError, CytheraError
@@ -253,7 +253,7 @@ def measure(
     outputs = _Outputs()
     engine = build_engine(assembly, outputs.take)
     try:
-        finish_preparing(engine)
+        engine.prepare()
         bench = _StepBench(engine, plan, outputs, options, trace)
         profiles = [bench.profile_decode(size) for size in options.batch_sizes]
         if options.prefill_len:

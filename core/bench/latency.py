@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from core.bench.offline import PERCENTILES, adapt_to_batch, finish_preparing, generate, vocab_size_of
+from core.bench.offline import PERCENTILES, adapt_to_batch, generate, vocab_size_of
 from core.bench.progress import show_progress
 from core.bench.workloads import uniform
 from core.errors import ConfigError
@@ -115,7 +115,6 @@ def measure(config: EngineConfig, options: LatencyOptions) -> list[BatchLatency]
     config = adapt_to_batch(config, max(options.batch_sizes))
     num_runs = len(options.batch_sizes) * (options.num_iters_warmup + 3 * options.num_iters)
     with LLM.from_config(config) as llm, show_progress("runs", num_runs) as advance:
-        finish_preparing(llm.engine)
         return [_measure_batch(llm, options, size, advance) for size in options.batch_sizes]
 
 

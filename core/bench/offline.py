@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from core.bench.workloads import VOCAB_SIZE
 from core.errors import ConfigError
-from core.interfaces import SupportsIdleWork
 from core.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 
     from core.bench.workloads import BenchRequest
     from core.config import EngineConfig
-    from core.engine import EngineCore
     from core.llm import LLM
 
 MANY_ROWS: Final = 1024
@@ -55,13 +53,6 @@ def adapt_to_batch(config: EngineConfig, batch_size: int) -> EngineConfig:
 def vocab_size_of(llm: LLM) -> int:
     """Return the bound of the token ids to draw for a model."""
     return min(VOCAB_SIZE, llm.assembly.plan.model.vocab_size)
-
-
-def finish_preparing(engine: EngineCore) -> None:
-    """Have the executor do all that a served engine does while it waits for its first request."""
-    executor = engine.executor
-    while isinstance(executor, SupportsIdleWork) and executor.work_idle():
-        pass
 
 
 def generate(llm: LLM, requests: Sequence[BenchRequest]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.bench.offline import adapt_config, finish_preparing, generate, vocab_size_of
+from core.bench.offline import adapt_config, generate, vocab_size_of
 from core.bench.workloads import BenchRequest
 from core.errors import ConfigError
 from core.llm import LLM
@@ -53,7 +53,6 @@ def measure(config: EngineConfig, dataset: Dataset, *, num_warmups: int = 8) -> 
     # With it the requests of the warm-up would be found again, and other runs would not compare.
     config = adapt_config(config, enable_prefix_caching=False)
     with LLM.from_config(config) as llm:
-        finish_preparing(llm.engine)
         dataset = dataclasses.replace(dataset, vocab_size=vocab_size_of(llm))
         tokenizer = llm.get_tokenizer()
         count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))

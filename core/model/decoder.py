@@ -99,7 +99,9 @@ class Decoder(nn.Module):
         self.forms = composed[0][1] if composed else ()
         """How the slots of the first layer were filled; the others are like it."""
         # Tables need not be looked up by position where all attention rotates for itself.
-        self._rotates = any(not form.is_fused for _, forms in composed for form in forms[1:2])
+        self._rotates = any(
+            form.slot == "attend" and not form.is_fused for _, forms in composed for form in forms
+        )
 
     def limit_length(self, max_len: int) -> None:
         """Make the rotary tables for sequences of up to `max_len` tokens; some kinds depend on it."""

@@ -8,7 +8,7 @@ and its reasons are kept for whoever wants to know what holds a step back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.interfaces import SupportsGate, SupportsNorm, SupportsResidual, SupportsRotary
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from core.model.layers import Build, DecoderLayer, StepContext
-
-SLOTS: Final = ("qkv", "attend", "out", "up", "down")
 
 
 class LayerSlots(NamedTuple):

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton_interpreter
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
 
 from core.interfaces import AttentionSpec, SupportsCudaGraph, SupportsRotary, missing_members
 from core.model.rope import apply_rotary
@@ -36,45 +36,7 @@ from plugins.attention.triton.tuning import NO_CARD, choose_tuning
 
 (ENTRY,) = plugin.core_register_attention()
 
-patch_tensor = interpreter._patch_lang_tensor
-
-
-def patch_tensor_and_index(tensor, scope):
-    """Let arrays of one element be numbers, as numpy before 2.4 did."""
-    patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = patch_tensor_and_index
-patch_language = interpreter._patch_lang
-kernels_running = []
-
-
-def patch_language_once(function):
-    """Patch for a kernel alone: its helpers use the same `triton.language`.
-
-    Triton patches anew for each call, which takes most of the time.
-    """
-    is_ours = function.__module__.startswith("plugins.")
-    if is_ours and kernels_running:
-        return interpreter._LangPatchScope()
-    scope = patch_language(function)
-    if is_ours:
-        kernels_running.append(function)
-        restore = scope.restore
-
-        def restore_and_note():
-            kernels_running.clear()
-            restore()
-
-        scope.restore = restore_and_note
-    return scope
-
-
-interpreter._patch_lang = patch_language_once
-# A third of the time.
-options = interpreter.interpreter_builder.options
-interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+triton_interpreter.patch()
 
 
 def unsupported(requirements):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from triton_interpreter import run_interpreted
 
 from core.registry import Requirements
 from core.testing.attention import AttentionConformance
@@ -24,16 +24,7 @@ INTERPRETED = Path(__file__).with_name("attention_triton_interpreted.py")
 def test_in_the_interpreter(part):
     """A process of its own: whether Triton interprets is decided when it is imported."""
     part = part.replace("Conformance", "TestTritonAttention")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
-    command += ["-W", "ignore::RuntimeWarning", str(INTERPRETED)]  # of NaN, which is there on purpose
-    done = subprocess.run(  # noqa: S603  the arguments are ours
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted(INTERPRETED, "-k", part)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
