@@ -389,23 +389,32 @@ class TorchExecutor:
         shape = _shape_of(plan)
         inputs = StepInputs(shape, self.device)
         inputs.upload(self._state.describe(plan, shape))
-        stream = self._forward(self._state.make_batch(inputs, plan))
+        draws = inputs.draws
+        wants_all = self._wants_prompt_logprobs(plan)
+        stream = self._forward(
+            self._state.make_batch(inputs, plan), None if wants_all else draws.tokens
+        )
         if not self._decoder.is_last:
             launched.sampling = []
             return
-        self._launch_prompt_logprobs(launched, stream)
+        if wants_all:
+            self._launch_prompt_logprobs(launched, stream)
+            stream = stream if draws.tokens is None else stream[draws.tokens]
         if launched.sampling:
-            draws = inputs.draws
-            chosen = stream if draws.tokens is None else stream[draws.tokens]
-            self._launch_sampling(launched, draws, chosen)
+            self._launch_sampling(launched, draws, stream)
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
+    def _forward(self, batch: StepBatch, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the layers.
+
+        :param wanted: [N] int64, which of the T tokens are to be scored; `None` for all.
+        """
         meta = self._attention.prepare(batch)
         stream = batch.token_ids
         if self._pipeline is not None and not self._decoder.is_first:
             shape = (batch.num_tokens, self._plan.model.hidden_size)
             stream = self._pipeline.recv(torch.empty(shape, dtype=self.dtype, device=self.device))
-        stream = self._decoder.forward(stream, batch.positions, meta)
+        wanted = wanted if self._decoder.is_last else None
+        stream = self._decoder.forward(stream, batch.positions, meta, wanted)
         if self._pipeline is not None and not self._decoder.is_last:
             self._pipeline.send(stream)
         return stream
@@ -518,9 +527,7 @@ class TorchExecutor:
         return objections
 
     def _run_captured(self, inputs: StepInputs) -> torch.Tensor:
-        stream = self._forward(self._state.make_batch(inputs))
-        tokens = inputs.draws.tokens
-        return stream if tokens is None else stream[tokens]
+        return self._forward(self._state.make_batch(inputs), inputs.draws.tokens)
 
     def _draw_captured(self, inputs: StepInputs, stream: torch.Tensor, key: Hashable) -> torch.Tensor:
         if not isinstance(self._sampler, SupportsSamplerCapture):

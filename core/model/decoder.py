@@ -1,7 +1,8 @@
 """The decoder that every family runs on: embedding, layers of five slots, norm, logits.
 
-The loop over the layers calls five bound callables per layer and nothing else, so that a CUDA graph
-captures it as it is, and so that assembly can fill a slot with a fused form.
+The loop over the layers calls five bound callables per layer, so that a CUDA graph captures it as it is,
+and so that assembly can fill a slot with a fused form.  In the last layer it goes on with the tokens that
+are to be scored: for a long prompt that is one of thousands.
 """
 
 from __future__ import annotations
@@ -111,13 +112,21 @@ class Decoder(nn.Module):
             for key, rope in self.spec.ropes.items()
         }
 
-    def forward(self, stream: torch.Tensor, positions: torch.Tensor, meta: Any) -> torch.Tensor:
+    def forward(
+        self,
+        stream: torch.Tensor,
+        positions: torch.Tensor,
+        meta: Any,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the layers.  Writes the keys and values of the step into the attention's cache.
 
         :param stream: [T] int64 token ids for the first layer, else [T, hidden] of the layer before.
         :param positions: [T] int64, each within its sequence.
         :param meta: what the attention's `prepare` returned for this step.
-        :return: [T, hidden], before the last norm.
+        :param wanted: [N] int64, which of the T tokens are to be scored, if this rank runs the last
+            layer; `None` for all.  The others need nothing of that layer but their keys and values.
+        :return: [T, hidden], or [N, hidden] of those that are wanted; before the last norm.
         """
         rotations = (
             {key: table.cos_sin(positions) for key, table in self.rotary.items()}
@@ -127,10 +136,14 @@ class Decoder(nn.Module):
         context = StepContext(positions, rotations, self.rotary, meta)
         if self.embedding is not None:
             stream = self.embedding(stream)
-        for qkv, attend, out, up, down in self.slots:
-            stream = out(attend(qkv(stream), context), stream)
+        last = len(self.slots) - 1
+        for index, (qkv, attend, out, up, down) in enumerate(self.slots):
+            attended = attend(qkv(stream), context)
+            if wanted is not None and index == last:
+                attended, stream = _keep(attended, wanted), _keep(stream, wanted)
+            stream = out(attended, stream)
             stream = down(up(stream), stream)
-        return stream
+        return stream if wanted is None else stream[: len(wanted)]
 
     def logits(self, stream: torch.Tensor) -> torch.Tensor:
         """Normalize and score this rank's part of the vocabulary; if it runs the last layer.
@@ -242,6 +255,11 @@ class Decoder(nn.Module):
         for layer in self.layers:
             if isinstance(layer, DecoderLayer):
                 yield layer
+
+
+def _keep(stream: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Select tokens; one if none is wanted, for a layer need not bear empty tensors."""
+    return stream[wanted] if len(wanted) else stream[:1]
 
 
 def _describe_head(build: Build) -> tuple[SplitLinear, QuantScheme]:

@@ -24,7 +24,8 @@ class LayerSlots(NamedTuple):
     """The five callables of one layer, filled once.
 
     `stream` is opaque to the loop: plain slots pass a tensor [T, hidden], a chain of fused slots may
-    pass more, if all its members agree.
+    pass more, if all its members agree.  Between `attend` and `out` of the last layer the loop selects
+    tokens, so there it is a tensor, and so is what `attend` returns.
     """
 
     qkv: Callable[[Any], Any]

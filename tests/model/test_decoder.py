@@ -129,3 +129,24 @@ def test_a_layer_is_five_bound_callables(checkpoint, load, run):
     run(decoder, make_tokens(3))
     names = ("qkv", "attend", "out", "up", "down")
     assert calls == [(index, name) for index in range(2) for name in names]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wanted", [[], [0], [39], [3, 17, 18], [39, 0, 39], list(range(40))])
+@pytest.mark.parametrize("variant", ["llama3.1", "gemma2"])
+def test_what_is_wanted_of_the_last_layer_is_as_in_the_whole(variant, wanted, checkpoint, load):
+    decoder, tokens = load(checkpoint(variant), dtype=torch.float64), torch.tensor(make_tokens(40))
+    whole = decoder(tokens, torch.arange(40), 0)
+    part = decoder(tokens, torch.arange(40), 0, torch.tensor(wanted, dtype=torch.int64))
+    assert part.shape == (len(wanted), whole.shape[1])
+    torch.testing.assert_close(part, whole[wanted], rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_keys_and_values_are_stored_for_tokens_that_are_not_wanted(checkpoint, load):
+    decoder, tokens = load(checkpoint("llama3.1"), dtype=torch.float64), torch.tensor(make_tokens(40))
+    whole = decoder(tokens, torch.arange(40), 0)
+    none = torch.empty(0, dtype=torch.int64)
+    decoder(tokens[:30], torch.arange(30), 0, none)
+    rest = decoder(tokens[30:], torch.arange(30, 40), 30)
+    torch.testing.assert_close(rest, whole[30:], rtol=1e-12, atol=1e-12)

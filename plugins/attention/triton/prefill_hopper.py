@@ -1,0 +1,555 @@
+"""Several queries of each of some rows on Hopper: FlashAttention-3 (Shah et al., 2024) over pages.
+
+A program stays on its multiprocessor and takes one block of queries after the other, from a counter.  One
+of its warps copies queries, keys and values by the tensor memory accelerator, some tiles ahead and on into
+the next block; each group of four warps attends for 64 rows of the matrix, tokens times query heads of
+one key-value head, and has the products of one tile under way while it computes the softmax of another.
+
+Tiles are walked from the last to the first, so that those which need a mask come first.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LOWEST = gl.constexpr(-1.0e30)
+"""Where a running maximum begins: finite, as the difference of two infinities is NaN."""
+
+BOX = gl.constexpr(64)
+"""Keys, and numbers of a head, that are copied at once: 128 bytes are the width of the swizzle."""
+
+ROWS = gl.constexpr(64)
+"""Rows of one group of warps."""
+
+NUM_NOTES = gl.constexpr(4)
+"""Numbers that describe a block of queries to those who attend."""
+
+
+@gluon.jit(do_not_specialize=["table_stride", "num_rows"])
+def prefill_hopper(
+    q_boxes: tl.tensor,  # descriptor of q as [T, H, D], in boxes [ROWS / GROUP_PADDED, GROUP_PADDED, BOX]
+    k_boxes: tl.tensor,  # descriptor of the keys as [num_blocks · G, BLOCK_SIZE, D], in boxes [1, BOX, BOX]
+    v_boxes: tl.tensor,  # as k_boxes
+    out: tl.tensor,  # [T, H, D], written
+    plan: tl.tensor,  # of plan_prompts, for blocks of NUM_GROUPS · ROWS / GROUP_PADDED tokens
+    query_starts: tl.tensor,  # [S + 1] int32
+    seq_lens: tl.tensor,  # [S] int32
+    tables: tl.tensor,  # [S, table_stride] int32
+    counters: tl.tensor,  # [2] int32, zero before and after
+    table_stride: tl.tensor,
+    num_rows: tl.tensor,
+    scale: tl.tensor,
+    G: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_PADDED: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_GROUPS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    NUM_QUERY_STAGES: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """Attend for blocks of queries until none is left."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    dtype: gl.constexpr = k_boxes.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    boxes: gl.constexpr = BLOCK_N // BOX * (D // BOX)
+    k_ring = gl.allocate_shared_memory(dtype, [NUM_STAGES * boxes, 1, BOX, BOX], k_boxes.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [NUM_STAGES * boxes, 1, BOX, BOX], v_boxes.layout)
+    q_ring = gl.allocate_shared_memory(
+        dtype,
+        [NUM_QUERY_STAGES * NUM_GROUPS * (D // BOX), ROWS // GROUP_PADDED, GROUP_PADDED, BOX],
+        q_boxes.layout,
+    )
+    k_tiles = k_ring._reinterpret(dtype, [NUM_STAGES, BLOCK_N, D], flat)  # noqa: SLF001  there is no other
+    v_tiles = v_ring._reinterpret(dtype, [NUM_STAGES, BLOCK_N, D], flat)  # noqa: SLF001  there is no other
+    q_tiles = q_ring._reinterpret(dtype, [NUM_QUERY_STAGES * NUM_GROUPS, ROWS, D], flat)  # noqa: SLF001
+    notes = gl.allocate_shared_memory(
+        gl.int32, [NUM_QUERY_STAGES * NUM_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    k_full = make_barriers(NUM_STAGES, 1)
+    v_full = make_barriers(NUM_STAGES, 1)
+    q_full = make_barriers(NUM_QUERY_STAGES, 1)
+    k_empty = make_barriers(NUM_STAGES, NUM_GROUPS)
+    v_empty = make_barriers(NUM_STAGES, NUM_GROUPS)
+    q_empty = make_barriers(NUM_QUERY_STAGES, NUM_GROUPS)
+    fence_async_shared()
+
+    # Constants would not stay constant in a tuple with a name.
+    copied = (
+        q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring, notes,
+        q_full, k_full, v_full, q_empty, k_empty, v_empty,
+        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows,
+    )  # fmt: skip
+    attended = (
+        q_tiles, k_tiles, v_tiles, notes, q_full, k_full, v_full, q_empty, k_empty, v_empty, out, scale,
+    )  # fmt: skip
+    if NUM_GROUPS == 1:
+        gl.warp_specialize([
+            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 1, NUM_STAGES, NUM_QUERY_STAGES, False)),
+            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 1, NUM_STAGES, NUM_QUERY_STAGES)),
+        ], [1], [24])  # fmt: skip
+    elif NUM_GROUPS == 2:
+        gl.warp_specialize([
+            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
+            (attend, (attended, 1, G, GROUP, GROUP_PADDED, D, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
+            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
+            (attend, (attended, 1, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
+            (attend, (attended, 2, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
+            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+
+
+@gluon.jit
+def make_barriers(NUM: gl.constexpr, COUNT: gl.constexpr) -> gl.shared_memory_descriptor:
+    """Make barriers, each of which is passed after so many arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+# --- the warp that copies --------------------------------------------------------------------------
+
+
+@gluon.jit
+def copy_blocks(
+    copied: tl.tuple,
+    G: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_PADDED: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_GROUPS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    NUM_QUERY_STAGES: gl.constexpr,
+) -> None:
+    """Take blocks of queries and copy what they need, in the order in which it is wanted.
+
+    Units are numbered by row, then from the last block of queries to the first, then by head.
+    """
+    (
+        q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring, notes,
+        q_full, k_full, v_full, q_empty, k_empty, v_empty,
+        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows,
+    ) = copied  # fmt: skip
+    BLOCK_TOKENS: gl.constexpr = NUM_GROUPS * ROWS // GROUP_PADDED
+    num_programs = gl.num_programs(0)
+    num_units = gl.load(plan + num_rows) * G
+    unit = gl.program_id(0)
+    num_copied = 0  # tiles
+    turn = 0
+    while unit < num_units:
+        next_unit = gl.atomic_add(counters, 1) + num_programs
+        row = gl.load(plan + num_rows + 1 + unit // G)
+        row_start = gl.load(plan + row)
+        row_end = gl.load(plan + row + 1)
+        head = unit % G
+        first_query = (row_end - 1 - unit // G) * BLOCK_TOKENS
+        query_start = gl.load(query_starts + row)
+        num_left = gl.load(query_starts + row + 1) - query_start - first_query
+        seq_len = gl.load(seq_lens + row)
+        first_position = seq_len - num_left
+        table = tables + row * table_stride
+        tile = gl.cdiv(first_position + gl.minimum(num_left, BLOCK_TOKENS), BLOCK_N) - 1
+        places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE, BLOCK_N)
+        copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+
+        slot = turn % NUM_QUERY_STAGES
+        mbarrier.wait(q_empty.index(slot), turn // NUM_QUERY_STAGES & 1 ^ 1)
+        write_note(notes, slot * NUM_NOTES, num_left)
+        write_note(notes, slot * NUM_NOTES + 1, query_start + first_query)
+        write_note(notes, slot * NUM_NOTES + 2, first_position)
+        write_note(notes, slot * NUM_NOTES + 3, head)
+        mbarrier.expect(q_full.index(slot), NUM_GROUPS * ROWS * D * 2)
+        for group in gl.static_range(NUM_GROUPS):
+            for half in gl.static_range(D // BOX):
+                tma.async_copy_global_to_shared(
+                    q_boxes,
+                    [query_start + first_query + group * (ROWS // GROUP_PADDED), head * GROUP, half * BOX],
+                    q_full.index(slot),
+                    q_ring.index((slot * NUM_GROUPS + group) * (D // BOX) + half),
+                )
+
+        for _ in range(tile):
+            tile -= 1
+            next_places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE, BLOCK_N)
+            copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied + 1, next_places, D, BLOCK_N, NUM_STAGES)
+            copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+            places = next_places
+            num_copied += 1
+        copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+        num_copied += 1
+        turn += 1
+        unit = next_unit
+
+    slot = turn % NUM_QUERY_STAGES
+    mbarrier.wait(q_empty.index(slot), turn // NUM_QUERY_STAGES & 1 ^ 1)
+    write_note(notes, slot * NUM_NOTES, num_units * 0)
+    mbarrier.arrive(q_full.index(slot), count=1)
+    if gl.atomic_add(counters + 1, 1) == num_programs - 1:  # all others have taken their last
+        gl.store(counters, 0)
+        gl.store(counters + 1, 0)
+
+
+@gluon.jit
+def write_note(notes: gl.shared_memory_descriptor, place: tl.tensor, value: tl.tensor) -> None:
+    """Leave a number for those who attend."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    notes.index(place).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def find_boxes(
+    table: tl.tensor,
+    tile: tl.tensor,
+    seq_len: tl.tensor,
+    head: tl.tensor,
+    G: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+) -> tl.tensor:
+    """Find page and first place in it of the first and the last box of a tile."""
+    first_key = tile * BLOCK_N
+    page, start = find_box(table, first_key, seq_len, head, G, BLOCK_SIZE)
+    if BLOCK_N == BOX:
+        return page, start, page, start
+    else:
+        gl.static_assert(BLOCK_N == 2 * BOX)
+        last_page, last_start = find_box(table, first_key + BOX, seq_len, head, G, BLOCK_SIZE)
+        return page, start, last_page, last_start
+
+
+@gluon.jit
+def find_box(
+    table: tl.tensor,
+    first_key: tl.tensor,
+    seq_len: tl.tensor,
+    head: tl.tensor,
+    G: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+) -> tl.tensor:
+    """Find page and first place in it of the box that holds some keys.
+
+    Behind the keys of a sequence anything may lie, and no weight, not even zero, is proof against NaN.
+    The last box of a sequence therefore ends with the last key, not behind it: what comes in front of
+    the keys are earlier ones, which have no weight, or what the accelerator puts in front of a page, zeros.
+    """
+    num_keys = gl.minimum(seq_len - first_key, BOX)
+    page = gl.load(table + gl.minimum(first_key, seq_len - 1) // BLOCK_SIZE) * G + head
+    return page, gl.where(num_keys > 0, first_key % BLOCK_SIZE + num_keys, 0) - BOX
+
+
+@gluon.jit
+def copy_tile(
+    boxes: tl.tensor,
+    ring: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    count: tl.tensor,
+    places: tl.tensor,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+) -> None:
+    """Copy a tile, the count-th of all, as soon as there is room."""
+    stage = count % NUM_STAGES
+    barrier = full.index(stage)
+    mbarrier.wait(empty.index(stage), count // NUM_STAGES & 1 ^ 1)
+    mbarrier.expect(barrier, BLOCK_N * D * 2)
+    num: gl.constexpr = BLOCK_N // BOX
+    for half in gl.static_range(D // BOX):
+        for i in gl.static_range(num):
+            tma.async_copy_global_to_shared(
+                boxes,
+                [places[2 * i], places[2 * i + 1], half * BOX],
+                barrier,
+                ring.index((stage * (D // BOX) + half) * num + i),
+            )
+
+
+# --- the warps that attend -------------------------------------------------------------------------
+
+
+@gluon.jit
+def attend(
+    attended: tl.tuple,
+    INDEX: gl.constexpr,
+    G: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_PADDED: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_GROUPS: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    NUM_QUERY_STAGES: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+) -> None:
+    """Attend for the INDEX-th 64 rows of each block, as one group of four warps."""
+    (
+        q_tiles, k_tiles, v_tiles, notes, q_full, k_full, v_full, q_empty, k_empty, v_empty, out, scale,
+    ) = attended  # fmt: skip
+    BLOCK_TOKENS: gl.constexpr = NUM_GROUPS * ROWS // GROUP_PADDED
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dtype: gl.constexpr = k_tiles.dtype
+    factor = scale * LOG2_E
+    num_seen = 0  # tiles
+    turn = 0
+    if TAKES_TURNS:
+        if INDEX == NUM_GROUPS - 1:
+            give_turn(INDEX, NUM_GROUPS)
+    mbarrier.wait(q_full.index(0), 0)
+    num_left = read_note(notes, 0)
+    while num_left > 0:
+        slot = turn % NUM_QUERY_STAGES
+        first_token = read_note(notes, slot * NUM_NOTES + 1)
+        first_position = read_note(notes, slot * NUM_NOTES + 2)
+        head = read_note(notes, slot * NUM_NOTES + 3)
+        queries = q_tiles.index(slot * NUM_GROUPS + INDEX)
+
+        row = INDEX * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        position = first_position + row // GROUP_PADDED
+        own_position = first_position + INDEX * (ROWS // GROUP_PADDED)
+        seq_len = first_position + num_left
+        num_tiles = gl.cdiv(first_position + gl.minimum(num_left, BLOCK_TOKENS), BLOCK_N)
+        last = num_tiles - 1
+        num_whole = gl.minimum((own_position + 1) // BLOCK_N, last)
+
+        stage = num_seen % NUM_STAGES
+        mbarrier.wait(k_full.index(stage), num_seen // NUM_STAGES & 1)
+        scores = warpgroup_mma(
+            queries,
+            k_tiles.index(stage).permute((1, 0)),
+            gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES),
+            use_acc=False,
+            is_async=True,
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(stage))
+        scores = mask_tile(scores, last, seq_len, position, BLOCK_N, SCORES)
+        top = gl.maximum(gl.max(scores, 1), LOWEST)
+        weights = gl.exp2(scores * factor - (top * factor)[:, None])
+        total = add_pairs(weights)
+        shrink = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
+        weights = as_operand(weights, dtype, SUMS)
+        acc = gl.zeros([ROWS, D], gl.float32, SUMS)
+        for i in range(1, num_tiles - num_whole):
+            acc, weights, top, total, shrink = attend_tile(
+                queries, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+                acc, weights, top, total, shrink, num_seen, factor, last - i, seq_len, position,
+                INDEX, NUM_GROUPS, BLOCK_N, NUM_STAGES, True, TAKES_TURNS, SCORES, SUMS,
+            )  # fmt: skip
+            num_seen += 1
+        for i in range(num_whole):
+            acc, weights, top, total, shrink = attend_tile(
+                queries, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
+                acc, weights, top, total, shrink, num_seen, factor, i, seq_len, position,
+                INDEX, NUM_GROUPS, BLOCK_N, NUM_STAGES, False, TAKES_TURNS, SCORES, SUMS,
+            )  # fmt: skip
+            num_seen += 1
+        mbarrier.arrive(q_empty.index(slot))
+        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+        stage = num_seen % NUM_STAGES
+        mbarrier.wait(v_full.index(stage), num_seen // NUM_STAGES & 1)
+        acc = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(stage))
+        num_seen += 1
+        store_block(
+            out, acc, 1.0 / sum_pairs(total, SCORES), first_token, head, num_left,
+            INDEX, G, GROUP, GROUP_PADDED, D, SUMS,
+        )  # fmt: skip
+        turn += 1
+        slot = turn % NUM_QUERY_STAGES
+        mbarrier.wait(q_full.index(slot), turn // NUM_QUERY_STAGES & 1)
+        num_left = read_note(notes, slot * NUM_NOTES)
+
+
+@gluon.jit
+def attend_tile(
+    queries: gl.shared_memory_descriptor,
+    k_tiles: gl.shared_memory_descriptor,
+    v_tiles: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    k_empty: gl.shared_memory_descriptor,
+    v_empty: gl.shared_memory_descriptor,
+    acc: tl.tensor,
+    weights: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    shrink: tl.tensor,
+    num_seen: tl.tensor,
+    factor: tl.tensor,
+    tile: tl.tensor,
+    seq_len: tl.tensor,
+    position: tl.tensor,
+    INDEX: gl.constexpr,
+    NUM_GROUPS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    IS_MASKED: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
+) -> tl.tensor:
+    """Add up the values of the tile before, and meanwhile weigh the keys of this one.
+
+    :param weights: of the tile before.
+    :param shrink: by which `acc` must be multiplied before.
+    :return: the same for the next tile: acc, weights, top, total, shrink.
+    """
+    v_stage = num_seen % NUM_STAGES
+    k_stage = (num_seen + 1) % NUM_STAGES
+    mbarrier.wait(k_full.index(k_stage), (num_seen + 1) // NUM_STAGES & 1)
+    if TAKES_TURNS:
+        await_turn(INDEX, NUM_GROUPS)
+    scores = warpgroup_mma(
+        queries,
+        k_tiles.index(k_stage).permute((1, 0)),
+        gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES),
+        use_acc=False,
+        is_async=True,
+    )
+    acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+    mbarrier.wait(v_full.index(v_stage), num_seen // NUM_STAGES & 1)
+    acc = warpgroup_mma(weights, v_tiles.index(v_stage), acc, is_async=True)
+    if TAKES_TURNS:
+        give_turn(INDEX, NUM_GROUPS)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(k_stage))
+    if IS_MASKED:
+        scores = mask_tile(scores, tile, seq_len, position, BLOCK_N, SCORES)
+    new_top = gl.maximum(top, gl.max(scores, 1))
+    shrink = gl.exp2((top - new_top) * factor)
+    new_weights = gl.exp2(scores * factor - (new_top * factor)[:, None])
+    total = add_to_pairs(total, new_weights, shrink)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(v_stage))
+    return acc, as_operand(new_weights, weights.dtype, SUMS), new_top, total, shrink
+
+
+@gluon.jit
+def mask_tile(
+    scores: tl.tensor,
+    tile: tl.tensor,
+    seq_len: tl.tensor,
+    position: tl.tensor,
+    BLOCK_N: gl.constexpr,
+    SCORES: gl.constexpr,
+) -> tl.tensor:
+    """Hide keys behind a query, and what lies in front of the keys in the last box of a sequence."""
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    num_keys = gl.minimum(gl.maximum(seq_len - tile * BLOCK_N - column // BOX * BOX, 0), BOX)
+    key = tile * BLOCK_N + column - (BOX - num_keys)
+    key = gl.where(column % BOX >= BOX - num_keys, key, seq_len)
+    return gl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def as_operand(weights: tl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> tl.tensor:
+    """Round weights and see them as the left side of a product; no number leaves its thread."""
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
+
+
+@gluon.jit
+def add_pairs(weights: tl.tensor) -> tl.tensor:
+    """Add up what one thread has of each row."""
+    return gl.sum(weights, 1)
+
+
+@gluon.jit
+def add_to_pairs(total: tl.tensor, weights: tl.tensor, shrink: tl.tensor) -> tl.tensor:
+    """Add weights up."""
+    return total * shrink + gl.sum(weights, 1)
+
+
+@gluon.jit
+def sum_pairs(total: tl.tensor, SCORES: gl.constexpr) -> tl.tensor:
+    """Add up over threads."""
+    return total
+
+
+@gluon.jit
+def store_block(
+    out: tl.tensor,
+    acc: tl.tensor,
+    norm: tl.tensor,
+    first_token: tl.tensor,
+    head: tl.tensor,
+    num_left: tl.tensor,
+    INDEX: gl.constexpr,
+    G: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUP_PADDED: gl.constexpr,
+    D: gl.constexpr,
+    SUMS: gl.constexpr,
+) -> None:
+    """Store what the queries of one group of warps have seen."""
+    acc *= gl.convert_layout(norm, gl.SliceLayout(1, SUMS))[:, None]
+    row = INDEX * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    query, member = row // GROUP_PADDED, row % GROUP_PADDED
+    dim = gl.arange(0, D, gl.SliceLayout(0, SUMS))
+    start = ((first_token + query).to(gl.int64) * G + head) * (GROUP * D) + member * D
+    is_real = (query < num_left) & (member < GROUP)
+    gl.store(
+        out + start[:, None] + dim[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=is_real[:, None] & (dim < D)[None, :],
+    )
+
+
+@gluon.jit
+def read_note(notes: gl.shared_memory_descriptor, place: tl.tensor) -> tl.tensor:
+    """Read what the warp that copies left."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(notes.index(place).load(layout), 0)
+
+
+@gluon.jit
+def await_turn(INDEX: gl.constexpr, NUM_GROUPS: gl.constexpr) -> None:
+    """Wait until the group of warps in front has issued its products."""
+    if INDEX == 0:
+        issue("bar.sync 8, 256; mov.u32 $0, 0;")
+    elif INDEX == 1:
+        issue("bar.sync 9, 256; mov.u32 $0, 0;")
+    else:
+        issue("bar.sync 10, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def give_turn(INDEX: gl.constexpr, NUM_GROUPS: gl.constexpr) -> None:
+    """Let the next group of warps issue its products."""
+    if (INDEX + 1) % NUM_GROUPS == 0:
+        issue("bar.arrive 8, 256; mov.u32 $0, 0;")
+    elif (INDEX + 1) % NUM_GROUPS == 1:
+        issue("bar.arrive 9, 256; mov.u32 $0, 0;")
+    else:
+        issue("bar.arrive 10, 256; mov.u32 $0, 0;")
+
+
+@gluon.jit
+def issue(ASSEMBLY: gl.constexpr) -> None:
+    """Issue instructions that have an effect but no result."""
+    gl.inline_asm_elementwise(ASSEMBLY, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
