@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ import torch
 
 from core.batch import BatchState, Draws, StepBatch, StepInputs, StepShape
 from core.device_memory import explain_out_of_memory
-from core.errors import CapacityError, PlanError
+from core.errors import PlanError
 from core.graphs import StepGraph, StepGraphs, decode_shapes, in_order_of_need, prompt_shapes
 from core.interfaces import KVCacheSpec, SupportsQuantizedKV, SupportsSamplerCapture
+from core.kv_capacity import Needs, count_kv_blocks, free_bytes, peak_bytes
 from core.model.decoder import make_decoder
 from core.model.kv_scales import KVScales, needs_scales
 from core.model.layer_store import LayerStore
@@ -36,7 +36,6 @@ log = structlog.get_logger(__name__)
 _LOAD_KNOBS: Final = "--tensor-parallel-size, --quantization or --cpu-offload-gb"
 _STEP_KNOBS: Final = "a lower --max-num-batched-tokens or --max-num-seqs"
 _CACHE_KNOBS: Final = "a lower --gpu-memory-utilization or --num-kv-blocks, or --enforce-eager"
-_CPU_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the KV cache
 _LOGIT_ROWS = 256  # prompt positions whose logits exist at one time
 
 
@@ -144,25 +143,15 @@ class TorchExecutor:
 
         :raises CapacityError: not even one sequence of the context length that was asked for fits.
         """
-        config = self._plan.config
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks + 1
-        per_block = self._attention.cache_bytes_per_block(self._cache_spec(1))
         with (
             self._as_current_device(),
             explain_out_of_memory(self.device, "running the largest step", _STEP_KNOBS),
         ):
-            budget = config.kv_cache_memory_bytes or self._free_bytes()
-        num_blocks = min(int(budget) // per_block, self._most_useful_blocks())
-        asked = config.max_model_len or self._plan.block_size
-        needed = -(-asked // self._plan.block_size) + 1
-        if num_blocks < needed:
-            raise CapacityError(
-                f"a sequence of {asked} tokens needs {needed} KV blocks of {per_block} "
-                f"bytes, but {int(budget)} bytes hold {num_blocks}; lower --max-model-len, or raise "
-                f"--kv-cache-memory-bytes or --gpu-memory-utilization"
+            block_bytes = self._attention.cache_bytes_per_block(self._cache_spec(1))
+            share = self._plan.config.gpu_memory_utilization
+            return count_kv_blocks(
+                self._plan, block_bytes, lambda: free_bytes(self.device, share, self._measure_needs)
             )
-        return num_blocks
 
     def allocate(self, num_blocks: int, /) -> None:
         """Allocate the KV cache and the rows' state, for sequences that this cache can hold."""
@@ -231,48 +220,24 @@ class TorchExecutor:
             device=self.device,
         )
 
-    def _most_useful_blocks(self) -> int:
-        per_sequence = -(-self._plan.max_model_len // self._plan.block_size)
-        return per_sequence * self._plan.config.max_num_seqs + 1
-
-    def _free_bytes(self) -> int:
-        """Bytes that the KV cache may take when nobody set a size."""
-        if self.device.type != "cuda":
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            return int(total * _CPU_MEMORY_SHARE)
+    def _measure_needs(self) -> Needs:
+        """Run the largest step and capture the largest graphs, with a cache for nobody."""
         config = self._plan.config
         self._attention.allocate_cache(self._cache_spec(2))
         self._allocate_sampler(self._plan.max_model_len)
-        activations = self._measure_activations()
-        graphs = self._measure_graphs()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        sampler = self._sampler.memory_bytes(
-            config.max_num_seqs + 1, self._plan.model.vocab_size, self.device
+        return Needs(
+            activations=peak_bytes(self.device, self._run_largest_step),
+            graphs=self._measure_graphs(),
+            sampler=self._sampler.memory_bytes(
+                config.max_num_seqs + 1, self._plan.model.vocab_size, self.device
+            ),
         )
-        limit = int(total * config.gpu_memory_utilization)
-        available = limit - (total - free) - activations - graphs - sampler
-        log.info(
-            "device memory",
-            limit=limit,
-            in_use=total - free,
-            activations=activations,
-            graphs=graphs,
-            sampler=sampler,
-            kv_cache=available,
-        )
-        return available
 
     @torch.inference_mode()
-    def _measure_activations(self) -> int:
-        """Bytes that the largest step needs beyond the weights, by running it."""
+    def _run_largest_step(self) -> None:
         config = self._plan.config
         count = min(config.max_num_batched_tokens, self._plan.max_model_len)
         num_rows = min(config.max_num_seqs, max(1, config.max_num_batched_tokens // count))
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
         plan = StepPlan(
             0,
             rows=list(range(num_rows)),
@@ -286,9 +251,6 @@ class TorchExecutor:
         stream = self._forward(self._state.make_batch(inputs, plan))
         if self._decoder.is_last:
             self._logits(stream[: config.max_num_seqs])
-        torch.cuda.synchronize(self.device)
-        # What is reserved counts, not what is allocated: gaps between tensors are lost for others.
-        return torch.cuda.max_memory_reserved(self.device) - before
 
     def _measure_graphs(self) -> int:
         """Bytes that all graphs will take, by capturing the largest ones."""
