@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper_compiler import boxes, compile_for_hopper
 from hypothesis import settings
 from hypothesis import strategies as st
 from triton_interpreter import run_interpreted
@@ -14,7 +15,10 @@ from triton_interpreter import run_interpreted
 from core.registry import Requirements
 from core.testing.attention import AttentionConformance
 from plugins.attention import triton as plugin
-from plugins.attention.triton.tuning import Card, choose_tuning
+from plugins.attention.triton import hopper
+from plugins.attention.triton.decode_hopper import decode_hopper, make_boxes
+from plugins.attention.triton.prefill_hopper import prefill_hopper
+from plugins.attention.triton.tuning import RESERVED_BYTES, Card, choose_tuning, tune_ring
 
 (ENTRY,) = plugin.core_register_attention()
 INTERPRETED = Path(__file__).with_name("attention_triton_interpreted.py")
@@ -125,3 +129,51 @@ def test_cards_lack_what_is_newer_than_they():
     assert (H200.has_fp8, H200.has_pdl, H200.has_boxes) == (True, True, True)
     assert (ADA.has_fp8, ADA.has_pdl, ADA.has_boxes) == (True, False, False)
     assert not replace(A100, capability=(8, 6)).has_fp8
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_two_decodes_for_hopper_fit_on_a_multiprocessor(group):
+    ring, dim, block_size = tune_ring(H200, 128), 128, 64
+    pages = make_boxes(torch.empty(1, 1, block_size, dim, dtype=torch.bfloat16))
+    arguments = dict.fromkeys(("q", "out", "k_cache", "v_cache", "cos", "sin"), "*bf16")
+    arguments |= dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
+    arguments |= dict.fromkeys(("q_stride", "table_stride", "num_rows", "window", "is_early"), "i32")
+    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes(pages.block_shape, pages.layout))
+    arguments |= {"slots": "*i64", "parts": "*fp32", "stats": "*fp32", "scale": "fp32"}
+    constants = {
+        "G": 8,
+        "GROUP": group,
+        "D": dim,
+        "BLOCK_SIZE": block_size,
+        "NUM_CTAS": ring.num_ctas,
+        "MIN_TILES": ring.min_tiles,
+        "NUM_STAGES": hopper.num_stages(ring, group),
+        "IS_FUSED": True,
+        "PDL": True,
+    }
+    taken = compile_for_hopper(decode_hopper, arguments, constants, maxnreg=hopper.DECODE_REGISTERS)
+    per_sm = ring.num_ctas // H200.num_sms
+    assert per_sm * (taken + RESERVED_BYTES) <= H200.shared_bytes + RESERVED_BYTES
+
+
+def test_prompts_for_hopper_fit_on_a_multiprocessor():
+    group, dim, width = 4, 128, hopper.BOX.value
+    arguments = dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
+    arguments |= {"out": "*bf16", "table_stride": "i32", "num_rows": "i32", "scale": "fp32"}
+    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes([1, width, width], hopper.BOXES_3D))
+    arguments["q_boxes"] = boxes([hopper.ROWS.value // group, group, width], hopper.BOXES_3D)
+    constants = {
+        "G": 8,
+        "GROUP": group,
+        "GROUP_PADDED": group,
+        "D": dim,
+        "BLOCK_SIZE": 64,
+        "BLOCK_N": hopper.KEYS_OF_TILE,
+        "NUM_GROUPS": hopper.NUM_WARP_GROUPS,
+        "NUM_STAGES": hopper.NUM_STAGES,
+        "NUM_QUERY_STAGES": hopper.NUM_QUERY_STAGES,
+        "TAKES_TURNS": hopper.TAKES_TURNS,
+        "REGISTERS": hopper.ATTENDING_REGISTERS,
+        "PDL": True,
+    }
+    assert compile_for_hopper(prefill_hopper, arguments, constants) <= H200.shared_bytes

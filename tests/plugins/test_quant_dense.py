@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreter
+from hopper_compiler import boxes, compile_for_hopper
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from core.registry import Requirements
 from core.testing.lone_linear import TINY_MODEL
 from core.testing.quantizer import QuantizerConformance
 from plugins.quant import dense as plugin
+from plugins.quant.dense import gate_hopper as gate
 from plugins.quant.dense.candidates import candidates, overlaps, slots_of_head, slots_of_layer
 from plugins.quant.dense.command import Budget, Report, merge_entries, show, tune_chain
 from plugins.quant.dense.command import _make_console as make_console
@@ -603,3 +605,24 @@ def test_what_was_found_is_shown(capsys, tmp_path):
     assert third.strip().endswith("nothing new")
     assert last == f"written to {tmp_path / 'card.json'}"
     assert [entry.kind for entry in report.entries] == ["norm", "residual", "gate", "residual"]
+
+
+@pytest.mark.parametrize("num_tokens", [128, 256, 1024, 2048, 8192])
+def test_gates_of_many_tokens_are_fused_where_tiles_fill_the_card(num_tokens):
+    assert gate.is_worth_it(num_tokens, 14336, 132)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 96, 192, 320, 384, 512, 640])
+def test_gates_are_left_to_the_library_where_they_were_slower(num_tokens):
+    assert not gate.is_worth_it(num_tokens, 14336, 132)
+
+
+def test_the_gate_for_hopper_fits_on_a_multiprocessor():
+    arguments = {
+        "x_boxes": boxes([gate.ROWS.value, gate.BLOCK_K.value], gate.BOXES),
+        "w_boxes": boxes([gate.COLUMNS.value, gate.BLOCK_K.value], gate.BOXES),
+        "out_boxes": boxes([gate.ROWS.value, gate.COLUMNS.value], gate.BOXES),
+        "num_tokens": "i32",
+    }
+    constants = {"N": 14336, "K": 4096, "ACTIVATION": "silu", "OVERLAP": True}
+    assert compile_for_hopper(gate.gate_hopper, arguments, constants) <= 227 << 10

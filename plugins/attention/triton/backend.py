@@ -23,6 +23,7 @@ from plugins.attention.triton.write import write
 if TYPE_CHECKING:
     from core.batch import StepBatch
     from core.interfaces import AttentionSpec, KVCacheSpec
+    from plugins.attention.triton.hopper import HopperLaunches
 
 NO_WINDOW: Final = 1 << 30
 FP8: Final = torch.float8_e4m3fn
@@ -62,8 +63,8 @@ class StepMeta:
     """Whether a row may have several queries."""
     has_decodes: bool
     """Whether a row may have one."""
-    decode_plans: dict[tuple[int, bool], torch.Tensor] = field(default_factory=dict)
-    """By window and whether the decode kernel is fused; made when first wanted."""
+    decode_plans: dict[tuple[int, bool, bool], torch.Tensor] = field(default_factory=dict)
+    """By window, whether the decode kernel is fused and whether it is Hopper's; made when first wanted."""
     prefill_plans: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
     """By queries of a block: the plan and at least as many blocks as there are."""
 
@@ -74,7 +75,8 @@ class TritonAttention:
     Its optional parts too: `SupportsQuantizedKV`, `SupportsCudaGraph` and `SupportsRotary`.  Steps must
     follow one another in one stream, since they share the workspace of the decodes.
 
-    :param tuning: sizes of tiles and grids; by default what suits the device and the cache.
+    :param tuning: sizes of tiles and grids; by default what suits the device and the cache, and on Hopper
+        kernels of its own where they can serve.
     """
 
     can_capture = True
@@ -82,6 +84,7 @@ class TritonAttention:
     _card: Card
     _layers: list[Layer]
     _workspace: Workspace
+    _hopper: HopperLaunches | None = None
 
     def __init__(self, tuning: Tuning | None = None) -> None:
         self._wanted_tuning = tuning
@@ -111,14 +114,26 @@ class TritonAttention:
         if self._tuning.prefill.has_boxes:
             for layer in self._layers:
                 layer.k_boxes, layer.v_boxes = self._boxes(layer.k), self._boxes(layer.v)
+        self._hopper = self._make_hopper(spec) if self._wanted_tuning is None else None
         self._allocate_workspace()
+
+    def _make_hopper(self, spec: KVCacheSpec) -> HopperLaunches | None:
+        if self._card.capability != (9, 0):
+            return None
+        # Other cards have no use for Gluon, and interpreted kernels none either.
+        from plugins.attention.triton import hopper  # noqa: PLC0415
+
+        if not hopper.serves_cache(self._card, spec):
+            return None
+        return hopper.HopperLaunches(spec, self._layers, self._card)
 
     def _boxes(self, pages: torch.Tensor) -> TensorDescriptor:
         rows = pages.flatten(0, 2)
         return TensorDescriptor.from_tensor(rows, [self._tuning.prefill.block_n, self._padded_dim])
 
     def _allocate_workspace(self) -> None:
-        num_slots, device = 2 * self._tuning.most_ctas, self._spec.device
+        most_ctas = max(self._tuning.most_ctas, self._hopper.ring.num_ctas if self._hopper else 0)
+        num_slots, device = 2 * most_ctas, self._spec.device
         shape = (num_slots, NUM_QUERY_ROWS.value, self._padded_dim)
         self._workspace = Workspace(
             parts=torch.empty(shape, dtype=torch.float32, device=device),
@@ -247,17 +262,26 @@ class TritonAttention:
         meta: StepMeta,
     ) -> None:
         """Attend in the rows with one query; with `rotary` in the fused form."""
-        layer, batch = self._layers[spec.layer], meta.batch
-        tuning, work = self._decode_tuning(batch, is_fused=rotary is not None), self._workspace
+        layer, batch, work = self._layers[spec.layer], meta.batch, self._workspace
         cos, sin = rotary or (None, None)
         window = spec.window or NO_WINDOW
         is_fused = cos is not None
-        plan = meta.decode_plans.get((window, is_fused))
+        hopper = self._hopper
+        if hopper is not None and not hopper.can_decode(spec, batch.num_rows, is_fused=is_fused):
+            hopper = None
+        tuning = self._decode_tuning(batch, is_fused=is_fused) if hopper is None else hopper.ring
+        key = window, is_fused, hopper is not None
+        plan = meta.decode_plans.get(key)
         # A plan made just now is the kernel in front, and must be waited for.
         is_early = plan is not None
         if plan is None:
-            plan = self._plan_decodes(batch, window, is_fused)
-            meta.decode_plans[window, is_fused] = plan
+            plan = meta.decode_plans[key] = self._plan_decodes(batch, window, tuning, is_fused=is_fused)
+        if hopper is not None:
+            hopper.decode(
+                q, out, rotary, spec, batch=batch, layer=layer, work=work, plan=plan,
+                window=window, is_early=is_early,
+            )  # fmt: skip
+            return
         decode[(tuning.num_ctas,)](
             q, out, layer.k, layer.v, layer.k_scales, layer.v_scales, cos, sin,
             plan, batch.query_starts, batch.seq_lens, batch.slots, batch.block_tables,
@@ -275,8 +299,9 @@ class TritonAttention:
         """Choose by the number of rows; beside prompts always the same, for each is a kernel to compile."""
         return self._tuning.decode_for(batch.num_rows) if is_fused else self._tuning.decode
 
-    def _plan_decodes(self, batch: StepBatch, window: int, is_fused: bool) -> torch.Tensor:
-        tuning = self._decode_tuning(batch, is_fused=is_fused)
+    def _plan_decodes(
+        self, batch: StepBatch, window: int, tuning: DecodeTuning, *, is_fused: bool
+    ) -> torch.Tensor:
         size = batch.num_rows + 1 + tuning.num_ctas
         plan = torch.empty(size, dtype=torch.int32, device=self._spec.device)
         plan_decodes[(1,)](
@@ -290,10 +315,16 @@ class TritonAttention:
         """Attend in the rows with several queries."""
         layer, batch, tuning = self._layers[spec.layer], meta.batch, self._tuning.prefill
         group = spec.num_heads // spec.num_kv_heads
-        block_tokens = tuning.block_m // group
+        hopper = (
+            self._hopper if self._hopper is not None and self._hopper.can_prefill(q, spec) else None
+        )
+        block_tokens = tuning.block_m // group if hopper is None else hopper.tokens_of_block(group)
         if block_tokens not in meta.prefill_plans:
             meta.prefill_plans[block_tokens] = self._plan_prompts(batch, block_tokens)
         plan, num_blocks = meta.prefill_plans[block_tokens]
+        if hopper is not None:
+            hopper.prefill(q, out, spec, batch, plan=plan, num_blocks=num_blocks)
+            return
         prefill[(num_blocks * spec.num_kv_heads,)](
             q, out, layer.k, layer.v, layer.k_boxes, layer.v_boxes, layer.k_scales, layer.v_scales,
             plan, batch.query_starts, batch.seq_lens, batch.block_tables,

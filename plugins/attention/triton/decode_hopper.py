@@ -109,7 +109,7 @@ def decode_hopper(
                 attend_chunk,
                 (
                     q, out, k_cache, v_cache, cos, sin, plan, query_starts, seq_lens, slots,
-                    parts, stats, counters, ring, full, free, q_stride, num_rows, window, scale,
+                    parts, stats, counters, ring, full, free, q_stride, num_rows, window, is_early, scale,
                     G, GROUP, D, BLOCK_SIZE, NUM_CTAS, MIN_TILES, NUM_STAGES, IS_FUSED, PDL,
                 ),
             ),
@@ -158,12 +158,11 @@ def load_chunk(
     In the fused form no page is read that the kernel in front might have written: keys and values of
     earlier tokens were stored in earlier steps, and the newest are not read from pages.
     """
-    if PDL:
-        if IS_FUSED:
-            if is_early == 0:
-                wait_for_kernel_in_front()
-        else:
-            wait_for_kernel_in_front()
+    if IS_FUSED:
+        if is_early == 0:
+            wait_for_kernel_in_front(PDL)
+    else:
+        wait_for_kernel_in_front(PDL)
     TILES_OF_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     TILE_BYTES: gl.constexpr = 2 * BLOCK_N * D * 2
     cta = gl.program_id(0)
@@ -205,27 +204,33 @@ def load_chunk(
             mbarrier.wait(free.index(stage), phase)
             mbarrier.expect(full.index(stage), TILE_BYTES)
             coordinates = [box, 0, start, 0]
-            tma.async_copy_global_to_shared(k_boxes, coordinates, full.index(stage), ring.index(2 * stage))
-            tma.async_copy_global_to_shared(v_boxes, coordinates, full.index(stage), ring.index(2 * stage + 1))
+            tma.async_copy_global_to_shared(
+                k_boxes, coordinates, full.index(stage), ring.index(2 * stage)
+            )
+            tma.async_copy_global_to_shared(
+                v_boxes, coordinates, full.index(stage), ring.index(2 * stage + 1)
+            )
             stage += 1
             phase ^= (stage == NUM_STAGES).to(gl.int32)
             stage = gl.where(stage == NUM_STAGES, 0, stage)
 
 
 @gluon.jit
-def wait_for_kernel_in_front() -> None:
+def wait_for_kernel_in_front(PDL: gl.constexpr) -> None:
     """Wait until all that earlier kernels wrote can be seen."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit
-def let_next_kernel_start() -> None:
+def let_next_kernel_start(PDL: gl.constexpr) -> None:
     """Allow the kernel behind to start, which waits for this one before it reads."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 # --- consumers -------------------------------------------------------------------------------------
@@ -252,6 +257,7 @@ def attend_chunk(
     q_stride: gl.tensor,
     num_rows: gl.tensor,
     window: gl.tensor,
+    is_early: gl.tensor,
     scale: gl.tensor,
     G: gl.constexpr,
     GROUP: gl.constexpr,
@@ -263,10 +269,12 @@ def attend_chunk(
     IS_FUSED: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    """Attend to the tiles of a chunk as they come, segment by segment."""
-    if PDL:
-        wait_for_kernel_in_front()
-        let_next_kernel_start()
+    """Attend to the tiles of a chunk as they come, segment by segment.
+
+    Where the first segment lies is found out while the kernel in front still runs, if that is allowed.
+    """
+    if is_early == 0:
+        wait_for_kernel_in_front(PDL)
     dtype: gl.constexpr = q.dtype.element_ty
     COLUMNS: gl.constexpr = 8 if GROUP <= 8 else 16
     KEYS: gl.constexpr = BLOCK_N // NUM_WARPS  # of a warp
@@ -279,13 +287,14 @@ def attend_chunk(
     v_layout: gl.constexpr = gl.DotOperandLayout(0, state_layout, 2)
     weights_layout: gl.constexpr = gl.DotOperandLayout(1, state_layout, 2)
     top_layout: gl.constexpr = gl.SliceLayout(1, state_layout)
+    # All four summands of a number in one thread, and runs of four dimensions.
+    merged_layout: gl.constexpr = gl.BlockedLayout([1, 4, 1], [1, 16, 2], [1, 1, NUM_WARPS], [1, 2, 0])
     keys_in_ring: gl.constexpr = swizzled(D, False)
     values_in_ring: gl.constexpr = swizzled(D, True)
 
     key_row = gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(2, state_layout)))[None, :, None]
     warp = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, state_layout)))[:, None, None]
     key_row = warp * KEYS + key_row
-    is_first_warp = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, top_layout))[:, None] == 0
     score_scale = scale * LOG2_E
 
     cta = gl.program_id(0)
@@ -310,26 +319,35 @@ def attend_chunk(
         head_start = row_start * G + head * num_tiles
         seg_start = unit - head_start
         seg_end = gl.minimum(num_tiles, chunk_end - head_start)
+        if unit == chunk_start:
+            wait_for_kernel_in_front(PDL)
+            let_next_kernel_start(PDL)
 
-        queries, top, weights, acc = begin_segment(
-            q + token * q_stride, cos, sin, k_cache, v_cache, slots + token, seq_len, head,
-            seg_end == num_tiles, score_scale,
-            is_first_warp, key_row == 0, q_layout, state_layout,
-            G, GROUP, COLUMNS, D, BLOCK_SIZE, IS_FUSED,
+        has_newest = seg_end == num_tiles
+        queries, newest, v_new = begin_segment(
+            q + token * q_stride, cos, sin, k_cache, v_cache, slots + token, seq_len, head, has_newest,
+            q_layout, gl.SliceLayout(0, merged_layout), G, GROUP, COLUMNS, D, BLOCK_SIZE, IS_FUSED,
         )  # fmt: skip
+        top = gl.full([NUM_WARPS, COLUMNS], LOWEST, gl.float32, top_layout)
+        # The sum over keys is left to the end: until then each thread adds up what it holds anyway.
+        weights = gl.zeros([NUM_WARPS, KEYS, COLUMNS], gl.float32, state_layout)
+        acc = gl.zeros([NUM_WARPS, D, COLUMNS], gl.float32, state_layout)
 
         oldest = seq_len - gl.minimum(seq_len, window)
         tile_base = oldest // BLOCK_N
         num_keys = seq_len - 1 if IS_FUSED else seq_len
         for tile in range(tile_base + seg_start, tile_base + seg_end):
+            # Not sooner: a barrier does not wait for loads from shared memory that are on their way, but
+            # the products, all of which were issued in the iteration before, had to.
+            release(free, stage, tile > tile_base + seg_start, NUM_STAGES)
             # Where a tile is not full, its keys are the last rows of the box.
             shift = BLOCK_N - gl.minimum(num_keys - tile * BLOCK_N, BLOCK_N)
             first_row = gl.maximum(shift, oldest - tile * BLOCK_N + shift)
             mbarrier.wait(full.index(stage), phase)
-            keys = ring.index(2 * stage)._reinterpret(dtype, [BLOCK_N, D], keys_in_ring).load(k_layout)
-            values = ring.index(2 * stage + 1)._reinterpret(dtype, [NUM_WARPS, D, KEYS], values_in_ring)
-            values = values.load(v_layout)
-            mbarrier.arrive(free.index(stage), count=1)
+            keys = view(ring.index(2 * stage), [BLOCK_N, D], keys_in_ring).load(k_layout)
+            values = view(ring.index(2 * stage + 1), [NUM_WARPS, D, KEYS], values_in_ring).load(
+                v_layout
+            )
             stage += 1
             phase ^= (stage == NUM_STAGES).to(gl.int32)
             stage = gl.where(stage == NUM_STAGES, 0, stage)
@@ -345,13 +363,32 @@ def attend_chunk(
             acc = acc * gl.expand_dims(shrink, 1)
             acc = mma_v2(values, gl.convert_layout(weight.to(dtype), weights_layout), acc)
             top = new_top
+        release(free, stage, True, NUM_STAGES)
 
+        if IS_FUSED:
+            newest = gl.convert_layout(newest, gl.SliceLayout(0, top_layout))
+            newest = gl.where(has_newest, newest * score_scale, LOWEST)
         end_segment(
             out + (token * G + head) * (GROUP * D), parts, stats, counters,
-            top, weights, acc, cta, chunk, chunk_start, head_start, num_tiles,
-            GROUP, COLUMNS, D,
+            top, weights, acc, newest, v_new, cta, chunk, chunk_start, head_start, num_tiles,
+            merged_layout, GROUP, COLUMNS, D, IS_FUSED,
         )  # fmt: skip
         unit = head_start + seg_end
+    if chunk_start >= chunk_end:  # whoever waits for this kernel relies on its having waited itself
+        wait_for_kernel_in_front(PDL)
+
+
+@gluon.jit
+def release(
+    free: gl.shared_memory_descriptor,
+    stage: gl.tensor,
+    is_wanted: gl.tensor,
+    NUM_STAGES: gl.constexpr,
+) -> None:
+    """Give the stage in front of this one back to the producer."""
+    # Computed, not kept: a variable set to another one before a loop and in it counts as unchanged.
+    previous = gl.where(stage == 0, NUM_STAGES - 1, stage - 1)
+    mbarrier.arrive(free.index(previous), count=1, pred=is_wanted)
 
 
 @gluon.constexpr_function
@@ -361,6 +398,7 @@ def swizzled(dim: int, is_by_warps: bool) -> gl.SharedLinearLayout:
     Chunks of 64 dimensions lie one behind the other.  In each a row has 128 bytes, of which the 16-byte
     pieces are permuted by exclusive or with the row's number modulo 8.
     """
+
     def place(key: int, d: int) -> list[int]:
         keys_of_warp = BLOCK_N.value // NUM_WARPS.value
         return [key // keys_of_warp, d, key % keys_of_warp] if is_by_warps else [key, d]
@@ -376,6 +414,14 @@ def swizzled(dim: int, is_by_warps: bool) -> gl.SharedLinearLayout:
 
 
 @gluon.jit
+def view(
+    box: gl.shared_memory_descriptor, shape: gl.constexpr, layout: gl.constexpr
+) -> gl.shared_memory_descriptor:
+    """Look at a box as if it had another shape."""
+    return box._reinterpret(box.dtype, shape, layout)  # noqa: SLF001  there is no other way
+
+
+@gluon.jit
 def begin_segment(
     q_row: gl.tensor,
     cos: gl.tensor,
@@ -386,11 +432,8 @@ def begin_segment(
     seq_len: gl.tensor,
     head: gl.tensor,
     has_newest: gl.tensor,
-    score_scale: gl.tensor,
-    is_first_warp: gl.tensor,
-    is_first_key: gl.tensor,
     q_layout: gl.constexpr,
-    state_layout: gl.constexpr,
+    values_layout: gl.constexpr,
     G: gl.constexpr,
     GROUP: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -398,53 +441,45 @@ def begin_segment(
     BLOCK_SIZE: gl.constexpr,
     IS_FUSED: gl.constexpr,
 ) -> gl.tuple:
-    """Load the queries, rotated in the fused form.
+    """Load the queries; in the fused form rotate them, and store the newest key and value.
 
-    There the newest key and value are stored too and, as they are at hand and come in the same time, attended
-    to first.
+    All loads are on their way at once.
 
-    :return: queries [D, COLUMNS]; maximum in powers of two [NUM_WARPS, COLUMNS], weights [NUM_WARPS, keys of
-        a warp, COLUMNS], which are summed in the end, and weighted sum of values [NUM_WARPS, D, COLUMNS].
+    :return: queries [D, COLUMNS], in the fused form also their products with the newest key [COLUMNS],
+        without a scale and only if `has_newest`, and the newest value [D].
     """
     HALF: gl.constexpr = D // 2
-    top_layout: gl.constexpr = gl.SliceLayout(1, state_layout)
-    dim_layout: gl.constexpr = gl.SliceLayout(1, q_layout)
-    half_dim = gl.arange(0, HALF, dim_layout)
-    member = gl.arange(0, COLUMNS, gl.SliceLayout(0, q_layout))
+    layout: gl.constexpr = gl.BlockedLayout([HALF // 16, 1], [16, 2], [1, NUM_WARPS], [0, 1])
+    half_dim = gl.arange(0, HALF, gl.SliceLayout(1, layout))
+    dim = gl.arange(0, D, gl.SliceLayout(1, values_layout))
+    member = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     pointers = q_row + (head * GROUP + member)[None, :] * D + half_dim[:, None]
     is_real = (member < GROUP)[None, :]
     q1 = gl.load(pointers, mask=is_real, other=0.0)
     q2 = gl.load(pointers + HALF, mask=is_real, other=0.0)
-    top = gl.full([NUM_WARPS, COLUMNS], LOWEST, gl.float32, top_layout)
-    weights = gl.zeros([NUM_WARPS, BLOCK_N // NUM_WARPS, COLUMNS], gl.float32, state_layout)
-    acc = gl.zeros([NUM_WARPS, D, COLUMNS], gl.float32, state_layout)
+    products = gl.full([COLUMNS], LOWEST, gl.float32, gl.SliceLayout(0, layout))
+    v_new = gl.zeros([D], q1.dtype, gl.SliceLayout(1, values_layout))
     if IS_FUSED:
-        dtype: gl.constexpr = q1.dtype
         angle = (seq_len - 1).to(gl.int64) * HALF + half_dim
         c = gl.load(cos + angle).to(gl.float32)
         s = gl.load(sin + angle).to(gl.float32)
         k_new = q_row + (G * GROUP + head) * D + half_dim
-        k1 = gl.load(k_new).to(gl.float32)
-        k2 = gl.load(k_new + HALF).to(gl.float32)
-        dim = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(2, state_layout)))
+        k1 = gl.load(k_new)
+        k2 = gl.load(k_new + HALF)
         v_new = gl.load(q_row + (G * GROUP + G + head) * D + dim)
+        # No branch around what only the last segment of a head needs: loads would sink into it.
+        place = gl.load(slot)
+        place = ((place // BLOCK_SIZE * G + head) * BLOCK_SIZE + place % BLOCK_SIZE) * D
         q1, q2 = rotate(q1, q2, c[:, None], s[:, None])
         k1, k2 = rotate(k1, k2, c, s)
-        k1, k2 = k1.to(dtype), k2.to(dtype)
-        if has_newest:
-            place = gl.load(slot)
-            place = ((place // BLOCK_SIZE * G + head) * BLOCK_SIZE + place % BLOCK_SIZE) * D
-            gl.store(k_cache + place + half_dim, k1)
-            gl.store(k_cache + place + HALF + half_dim, k2)
-            gl.store(v_cache + place + dim, v_new)
-            products = q1.to(gl.float32) * k1.to(gl.float32)[:, None]
-            products += q2.to(gl.float32) * k2.to(gl.float32)[:, None]
-            score = gl.convert_layout(gl.sum(products, 0) * score_scale, gl.SliceLayout(0, top_layout))
-            top = gl.where(is_first_warp, score[None, :], top)
-            weights += gl.where(is_first_key, 1.0, 0.0)
-            acc += gl.where(gl.expand_dims(is_first_warp, 1), v_new[None, :, None].to(gl.float32), 0.0)
+        gl.store(k_cache + place + half_dim, k1, mask=has_newest)
+        gl.store(k_cache + place + HALF + half_dim, k2, mask=has_newest)
+        gl.store(v_cache + place + dim, v_new, mask=has_newest)
+        each = q1.to(gl.float32) * k1.to(gl.float32)[:, None]
+        each += q2.to(gl.float32) * k2.to(gl.float32)[:, None]
+        products = gl.where(has_newest, gl.sum(each, 0), products)
     queries = gl.permute(gl.join(q1, q2), (2, 0, 1)).reshape([D, COLUMNS])
-    return gl.convert_layout(queries, q_layout, assert_trivial=True), top, weights, acc
+    return gl.convert_layout(queries, q_layout), products, v_new
 
 
 @gluon.jit
@@ -466,24 +501,38 @@ def end_segment(
     top: gl.tensor,
     weights: gl.tensor,
     acc: gl.tensor,
+    newest: gl.tensor,
+    v_new: gl.tensor,
     cta: gl.tensor,
     chunk: gl.tensor,
     chunk_start: gl.tensor,
     head_start: gl.tensor,
     num_tiles: gl.tensor,
+    merged_layout: gl.constexpr,
     GROUP: gl.constexpr,
     COLUMNS: gl.constexpr,
     D: gl.constexpr,
+    IS_FUSED: gl.constexpr,
 ) -> None:
-    """Merge what the warps have, then write the output or leave a part; whoever comes last adds parts up."""
+    """Merge what the warps have, in the fused form with the newest key's score and value.
+
+    Then write the output or leave a part; whoever comes last adds parts up.
+    """
     total_top = gl.max(top, 0)
+    if IS_FUSED:
+        total_top = gl.maximum(total_top, newest)
     factor = gl.exp2(top - total_top[None, :])
     total_weight = gl.sum(gl.sum(weights, 1) * factor, 0)
     acc = acc * gl.expand_dims(factor, 1)
-    # All four summands of a number in one thread, and runs of four dimensions.
-    merged_layout: gl.constexpr = gl.BlockedLayout([1, 4, 1], [1, 16, 2], [1, 1, NUM_WARPS], [1, 2, 0])
     acc = gl.sum(gl.convert_layout(acc, merged_layout), 0)
     layout: gl.constexpr = gl.SliceLayout(0, merged_layout)
+    if IS_FUSED:
+        weight = gl.exp2(newest - total_top)
+        total_weight += weight
+        acc += (
+            gl.convert_layout(weight, gl.SliceLayout(0, layout))[None, :]
+            * v_new.to(gl.float32)[:, None]
+        )
     dim = gl.arange(0, D, gl.SliceLayout(1, layout))[:, None]
     member = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))[None, :]
     total_weight = gl.convert_layout(total_weight, gl.SliceLayout(0, layout))
@@ -495,10 +544,9 @@ def end_segment(
     else:
         base = (2 * cta + (head_start > chunk_start).to(gl.int32)) * NUM_QUERY_ROWS
         gl.store(parts + (base + member) * D + dim, acc, mask=member < GROUP)
-        member = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-        total_top = gl.convert_layout(total_top, gl.SliceLayout(0, layout))
-        gl.store(stats + 2 * base + member, total_top)
-        gl.store(stats + 2 * base + NUM_QUERY_ROWS + member, total_weight)
+        pointers = stats + 2 * base + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        gl.store(pointers, gl.convert_layout(total_top, gl.SliceLayout(0, layout)))
+        gl.store(pointers + NUM_QUERY_ROWS, total_weight)
         gl.thread_barrier()  # all threads' stores come before the arrival is announced
         arrived = gl.atomic_add(counters + first_cta, 1, sem="acq_rel")
         if arrived == num_parts - 1:

@@ -31,6 +31,9 @@ BOX = gl.constexpr(64)
 ROWS = gl.constexpr(64)
 """Rows of one group of warps."""
 
+PACK_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+PACK_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+
 NUM_NOTES = gl.constexpr(4)
 """Numbers that describe a block of queries to those who attend."""
 
@@ -162,7 +165,6 @@ def copy_blocks(
     while unit < num_units:
         next_unit = gl.atomic_add(counters, 1) + num_programs
         row = gl.load(plan + num_rows + 1 + unit // G)
-        row_start = gl.load(plan + row)
         row_end = gl.load(plan + row + 1)
         head = unit % G
         first_query = (row_end - 1 - unit // G) * BLOCK_TOKENS
@@ -186,7 +188,11 @@ def copy_blocks(
             for half in gl.static_range(D // BOX):
                 tma.async_copy_global_to_shared(
                     q_boxes,
-                    [query_start + first_query + group * (ROWS // GROUP_PADDED), head * GROUP, half * BOX],
+                    [
+                        query_start + first_query + group * (ROWS // GROUP_PADDED),
+                        head * GROUP,
+                        half * BOX,
+                    ],
                     q_full.index(slot),
                     q_ring.index((slot * NUM_GROUPS + group) * (D // BOX) + half),
                 )
@@ -194,7 +200,9 @@ def copy_blocks(
         for _ in range(tile):
             tile -= 1
             next_places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE, BLOCK_N)
-            copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied + 1, next_places, D, BLOCK_N, NUM_STAGES)
+            copy_tile(
+                k_boxes, k_ring, k_full, k_empty, num_copied + 1, next_places, D, BLOCK_N, NUM_STAGES
+            )
             copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
             places = next_places
             num_copied += 1
@@ -232,12 +240,11 @@ def find_boxes(
     """Find page and first place in it of the first and the last box of a tile."""
     first_key = tile * BLOCK_N
     page, start = find_box(table, first_key, seq_len, head, G, BLOCK_SIZE)
-    if BLOCK_N == BOX:
-        return page, start, page, start
-    else:
+    last_page, last_start = page, start
+    if BLOCK_N > BOX:
         gl.static_assert(BLOCK_N == 2 * BOX)
         last_page, last_start = find_box(table, first_key + BOX, seq_len, head, G, BLOCK_SIZE)
-        return page, start, last_page, last_start
+    return page, start, last_page, last_start
 
 
 @gluon.jit
@@ -316,9 +323,8 @@ def attend(
     factor = scale * LOG2_E
     num_seen = 0  # tiles
     turn = 0
-    if TAKES_TURNS:
-        if INDEX == NUM_GROUPS - 1:
-            give_turn(INDEX, NUM_GROUPS)
+    if TAKES_TURNS and INDEX == NUM_GROUPS - 1:
+        give_turn(INDEX, NUM_GROUPS)
     mbarrier.wait(q_full.index(0), 0)
     num_left = read_note(notes, 0)
     while num_left > 0:
@@ -336,23 +342,11 @@ def attend(
         last = num_tiles - 1
         num_whole = gl.minimum((own_position + 1) // BLOCK_N, last)
 
-        stage = num_seen % NUM_STAGES
-        mbarrier.wait(k_full.index(stage), num_seen // NUM_STAGES & 1)
-        scores = warpgroup_mma(
-            queries,
-            k_tiles.index(stage).permute((1, 0)),
-            gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES),
-            use_acc=False,
-            is_async=True,
-        )
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(stage))
-        scores = mask_tile(scores, last, seq_len, position, BLOCK_N, SCORES)
-        top = gl.maximum(gl.max(scores, 1), LOWEST)
-        weights = gl.exp2(scores * factor - (top * factor)[:, None])
-        total = add_pairs(weights)
+        weights, top, total = weigh_last_tile(
+            queries, k_tiles, k_full, k_empty, num_seen, factor, last, seq_len, position,
+            BLOCK_N, NUM_STAGES, SCORES,
+        )  # fmt: skip
         shrink = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-        weights = as_operand(weights, dtype, SUMS)
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
         for i in range(1, num_tiles - num_whole):
             acc, weights, top, total, shrink = attend_tile(
@@ -372,18 +366,54 @@ def attend(
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         stage = num_seen % NUM_STAGES
         mbarrier.wait(v_full.index(stage), num_seen // NUM_STAGES & 1)
-        acc = warpgroup_mma(weights, v_tiles.index(stage), acc, is_async=True)
+        acc = warpgroup_mma(as_operand(weights, dtype, SUMS), v_tiles.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage))
         num_seen += 1
         store_block(
-            out, acc, 1.0 / sum_pairs(total, SCORES), first_token, head, num_left,
+            out, acc, 1.0 / gl.sum(total, 1), first_token, head, num_left,
             INDEX, G, GROUP, GROUP_PADDED, D, SUMS,
         )  # fmt: skip
         turn += 1
         slot = turn % NUM_QUERY_STAGES
         mbarrier.wait(q_full.index(slot), turn // NUM_QUERY_STAGES & 1)
         num_left = read_note(notes, slot * NUM_NOTES)
+
+
+@gluon.jit
+def weigh_last_tile(
+    queries: gl.shared_memory_descriptor,
+    k_tiles: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_empty: gl.shared_memory_descriptor,
+    num_seen: tl.tensor,
+    factor: tl.tensor,
+    tile: tl.tensor,
+    seq_len: tl.tensor,
+    position: tl.tensor,
+    BLOCK_N: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    SCORES: gl.constexpr,
+) -> tl.tensor:
+    """Weigh the keys of the tile with which a block of queries begins.
+
+    :return: weights, top, total.
+    """
+    stage = num_seen % NUM_STAGES
+    mbarrier.wait(k_full.index(stage), num_seen // NUM_STAGES & 1)
+    scores = warpgroup_mma(
+        queries,
+        k_tiles.index(stage).permute((1, 0)),
+        gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES),
+        use_acc=False,
+        is_async=True,
+    )
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_empty.index(stage))
+    scores = mask_tile(scores, tile, seq_len, position, BLOCK_N, SCORES)
+    top = gl.maximum(gl.max(scores, 1), LOWEST)
+    weights = gl.exp2(scores * factor - (top * factor)[:, None])
+    return pack(weights, k_tiles.dtype), top, sum_own(weights)
 
 
 @gluon.jit
@@ -420,11 +450,12 @@ def attend_tile(
     :param shrink: by which `acc` must be multiplied before.
     :return: the same for the next tile: acc, weights, top, total, shrink.
     """
+    dtype: gl.constexpr = k_tiles.dtype
     v_stage = num_seen % NUM_STAGES
     k_stage = (num_seen + 1) % NUM_STAGES
     mbarrier.wait(k_full.index(k_stage), (num_seen + 1) // NUM_STAGES & 1)
     if TAKES_TURNS:
-        await_turn(INDEX, NUM_GROUPS)
+        await_turn(INDEX)
     scores = warpgroup_mma(
         queries,
         k_tiles.index(k_stage).permute((1, 0)),
@@ -434,7 +465,7 @@ def attend_tile(
     )
     acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
     mbarrier.wait(v_full.index(v_stage), num_seen // NUM_STAGES & 1)
-    acc = warpgroup_mma(weights, v_tiles.index(v_stage), acc, is_async=True)
+    acc = warpgroup_mma(as_operand(weights, dtype, SUMS), v_tiles.index(v_stage), acc, is_async=True)
     if TAKES_TURNS:
         give_turn(INDEX, NUM_GROUPS)
     scores = warpgroup_mma_wait(1, deps=[scores])
@@ -444,10 +475,14 @@ def attend_tile(
     new_top = gl.maximum(top, gl.max(scores, 1))
     shrink = gl.exp2((top - new_top) * factor)
     new_weights = gl.exp2(scores * factor - (new_top * factor)[:, None])
-    total = add_to_pairs(total, new_weights, shrink)
+    by_thread: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total *= gl.convert_layout(shrink, by_thread, assert_trivial=True)[:, None]
+    total += sum_own(new_weights)
+    # The assembler would move the wait in front of the softmax, were there no branch between the two.
+    mbarrier.wait(v_full.index(v_stage), num_seen // NUM_STAGES & 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(v_stage))
-    return acc, as_operand(new_weights, weights.dtype, SUMS), new_top, total, shrink
+    return acc, pack(new_weights, dtype), new_top, total, shrink
 
 
 @gluon.jit
@@ -461,34 +496,58 @@ def mask_tile(
 ) -> tl.tensor:
     """Hide keys behind a query, and what lies in front of the keys in the last box of a sequence."""
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    num_keys = gl.minimum(gl.maximum(seq_len - tile * BLOCK_N - column // BOX * BOX, 0), BOX)
-    key = tile * BLOCK_N + column - (BOX - num_keys)
-    key = gl.where(column % BOX >= BOX - num_keys, key, seq_len)
-    return gl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    # Which box it is in is known to the compiler by this form alone.
+    box_start = column & BOX
+    first_key = tile * BLOCK_N + box_start
+    num_keys = gl.minimum(gl.maximum(seq_len - first_key, 0), BOX)
+    # Negative where there is no key, and then a large number without sign.
+    key = column - box_start + num_keys - BOX
+    num_visible = gl.maximum(position[:, None] + 1 - first_key[None, :], 0)
+    # A `where` would do, but the compiler gathers its conditions in bit masks and takes them apart again.
+    return gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.lt.u32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}",
+        "=r,r,r,r",
+        [scores, gl.expand_dims(key, 0), num_visible],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
-def as_operand(weights: tl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> tl.tensor:
-    """Round weights and see them as the left side of a product; no number leaves its thread."""
-    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
+def pack(weights: tl.tensor, dtype: gl.constexpr) -> tl.tensor:
+    """Round weights, two to a register.
+
+    :param weights: [ROWS, BLOCK_N] float32.
+    :return: [ROWS, BLOCK_N / 2] int32.
+    """
+    pairs = weights.reshape([weights.shape[0], weights.shape[1] // 2, 2])
+    low, high = gl.split(pairs)
+    assembly: gl.constexpr = PACK_BF16 if dtype == gl.bfloat16 else PACK_FP16
+    return gl.inline_asm_elementwise(
+        assembly, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
-def add_pairs(weights: tl.tensor) -> tl.tensor:
-    """Add up what one thread has of each row."""
-    return gl.sum(weights, 1)
+def as_operand(packed: tl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> tl.tensor:
+    """See packed weights as the left side of a product; no number leaves its thread.
+
+    :return: [ROWS, BLOCK_N].
+    """
+    pairs = gl.join(packed.to(gl.int16), (packed >> 16).to(gl.int16))
+    weights = pairs.reshape([packed.shape[0], packed.shape[1] * 2]).to(dtype, bitcast=True)
+    return gl.convert_layout(weights, gl.DotOperandLayout(0, SUMS, 2))
 
 
 @gluon.jit
-def add_to_pairs(total: tl.tensor, weights: tl.tensor, shrink: tl.tensor) -> tl.tensor:
-    """Add weights up."""
-    return total * shrink + gl.sum(weights, 1)
+def sum_own(weights: tl.tensor) -> tl.tensor:
+    """Add up what one thread has of each row: every fourth pair.
 
-
-@gluon.jit
-def sum_pairs(total: tl.tensor, SCORES: gl.constexpr) -> tl.tensor:
-    """Add up over threads."""
-    return total
+    :param weights: [ROWS, BLOCK_N].
+    :return: [ROWS, 4].
+    """
+    return gl.sum(gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -528,7 +587,7 @@ def read_note(notes: gl.shared_memory_descriptor, place: tl.tensor) -> tl.tensor
 
 
 @gluon.jit
-def await_turn(INDEX: gl.constexpr, NUM_GROUPS: gl.constexpr) -> None:
+def await_turn(INDEX: gl.constexpr) -> None:
     """Wait until the group of warps in front has issued its products."""
     if INDEX == 0:
         issue("bar.sync 8, 256; mov.u32 $0, 0;")

@@ -25,7 +25,8 @@ _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
+    """Apply an activation in float32."""
     if ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":
@@ -156,7 +157,7 @@ def _finish(
         if ACTIVATION != "":
             gated += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "":
-        acc = _activate(acc, ACTIVATION) * gated
+        acc = activate(acc, ACTIVATION) * gated
     offsets = m.to(tl.int64)[:, None] * N + n[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -422,7 +423,7 @@ def vector_kernel(
             if GATED:
                 gated += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
         if GATED:
-            out = _activate(out, ACTIVATION) * gated
+            out = activate(out, ACTIVATION) * gated
         mask = n < N
         if TOKENS > 1:
             mask = mask & (t < M)
@@ -474,4 +475,4 @@ def gate_kernel(
         tl.extra.cuda.gdc_wait()
     gate = tl.load(x + row * (2 * N) + n, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * (2 * N) + N + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * N + n, (_activate(gate, ACTIVATION) * up).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * N + n, (activate(gate, ACTIVATION) * up).to(y.dtype.element_ty), mask=mask)

@@ -187,6 +187,7 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch
     overlap = config.overlap != ""
     normalize = make_norm(op.num_inputs, op.norm, overlap=overlap) if op.norm else None
     gate = make_gate(op.num_outputs, op.activation, overlap=overlap) if op.activation else None
+    fused_gate = _make_fused_gate(op, layer, overlap=overlap) if op.activation else None
 
     def multiply(x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
         transposed, bias = layer.weight.t(), layer.bias
@@ -211,11 +212,37 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch
         if gate is None:
             multiply(x, out, residual)
             return
+        if fused_gate is not None and fused_gate(x, out):
+            return
         both = torch.empty((x.shape[0], op.num_rows), dtype=x.dtype, device=x.device)
         multiply(x, both, None)
         gate(both, out)
 
     return launch
+
+
+def _make_fused_gate(
+    op: Operation, layer: Weights, *, overlap: bool
+) -> Callable[[torch.Tensor, torch.Tensor], bool] | None:
+    """Make what computes product and gate at once, if it is worth it; None if there is no kernel."""
+    weight = layer.weight
+    is_hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device) == (9, 0)
+    sizes = (op.num_inputs, op.num_outputs)
+    is_aligned = not any(size * weight.element_size() % VECTOR_BYTES for size in sizes)
+    if not is_hopper or weight.element_size() != 2 or op.bias or not is_aligned:
+        return None
+    # Other cards have no use for Gluon.
+    from plugins.quant.dense.gate_hopper import is_worth_it, launch_gate  # noqa: PLC0415
+
+    num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
+
+    def gate(x: torch.Tensor, out: torch.Tensor) -> bool:
+        if not is_worth_it(x.shape[0], op.num_outputs, num_sms):
+            return False
+        launch_gate(x, layer.weight, out, op.activation, num_sms=num_sms, overlap=overlap)
+        return True
+
+    return gate
 
 
 def make_norm(
