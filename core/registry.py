@@ -7,6 +7,7 @@ holds module-level callables only and touches no device, file or global.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from core.errors import PluginConflictError, PluginNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from core.model.spec import ModelSpec
     from core.quant.calibration import LayerQuantizer, QuantizeOptions
@@ -45,6 +46,35 @@ class Requirements:
     model_type: str = ""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+
+    def beyond(
+        self,
+        *,
+        devices: Collection[str] = (),
+        dtypes: Collection[str] = (),
+        modules: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """List what goes beyond a part's means: one sentence each, for its `unsupported`.
+
+        :param devices: that it runs on; empty: any.
+        :param dtypes: that it computes in; empty: any.
+        :param modules: that it imports, each with what installs it; none of them is imported here.
+        """
+        reasons = []
+        if devices and self.device not in devices:
+            reasons.append(f"device {self.device!r} {_is_none_of(devices)}")
+        if dtypes and self.dtype not in dtypes:
+            reasons.append(f"dtype {self.dtype!r} {_is_none_of(dtypes)}")
+        reasons += [
+            f"{module} is not installed; {remedy}"
+            for module, remedy in (modules or {}).items()
+            if importlib.util.find_spec(module) is None
+        ]
+        return reasons
+
+
+def _is_none_of(names: Collection[str]) -> str:
+    return f"is none of {', '.join(names)}" if len(names) > 1 else f"is not {next(iter(names))!r}"
 
 
 def supports_everything(_requirements: Requirements) -> list[str]:

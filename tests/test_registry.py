@@ -77,3 +77,16 @@ def test_descriptors_are_frozen_and_support_everything_by_default(kind):
         descriptor.name = "y"
     requirements = Requirements(device="cpu", dtype="float32")
     assert descriptor.unsupported(requirements) == supports_everything(requirements) == []
+
+
+def test_requirements_say_what_goes_beyond_a_part():
+    requirements = Requirements(device="cpu", dtype="float64")
+    assert requirements.beyond() == []
+    assert requirements.beyond(devices=["cuda", "cpu"], dtypes=["float64"], modules={"json": "-"}) == []
+    assert requirements.beyond(
+        devices=["cuda"], dtypes=["bfloat16", "float16"], modules={"no_such_module": "pip install it"}
+    ) == [
+        "device 'cpu' is not 'cuda'",
+        "dtype 'float64' is none of bfloat16, float16",
+        "no_such_module is not installed; pip install it",
+    ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("flashinfer") is None, reason=plugin.NOT_INSTALLED),
+    pytest.mark.skipif(find_spec("flashinfer") is None, reason="needs flashinfer"),
     pytest.mark.timeout(3600),
 ]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -94,6 +95,12 @@ def test_registering_imports_neither_torch_nor_triton():
 H200 = Card(num_sms=132, capability=(9, 0), shared_bytes=227 << 10)
 A100 = Card(num_sms=108, capability=(8, 0), shared_bytes=163 << 10)
 ADA = Card(num_sms=128, capability=(8, 9), shared_bytes=99 << 10)
+
+
+def test_says_how_to_install_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (reason,) = ENTRY.unsupported(Requirements(device="cuda", dtype="bfloat16"))
+    assert reason == "triton is not installed; pip install cythera[cuda]"
 
 
 @pytest.mark.parametrize("card", [H200, A100, ADA], ids=["H200", "A100", "Ada"])

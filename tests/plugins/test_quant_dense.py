@@ -81,7 +81,7 @@ class TestOnTheDevice(QuantizerConformance):
         ({"dtype": "float16"}, []),
         (
             {"device": "cpu", "dtype": "float32"},
-            ["device 'cpu' is not cuda", "dtype 'float32' is none"],
+            ["device 'cpu' is not 'cuda'", "dtype 'float32' is none"],
         ),
     ],
 )

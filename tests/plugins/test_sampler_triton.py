@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_names_everything_that_it_cannot_serve(wanted, named):
 
 
 def test_says_how_to_install_triton(monkeypatch):
-    monkeypatch.setattr(plugin.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     (reason,) = ENTRY.unsupported(Requirements(device="cuda", dtype="bfloat16"))
     assert reason == "triton is not installed; pip install cythera[cuda]"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 from core.hookspecs import hookimpl
@@ -18,7 +17,7 @@ core_api = "1.0"
 DTYPES: Final = ("bfloat16", "float16")
 HEAD_DIMS: Final = (64, 128, 256)
 BLOCK_SIZES: Final = (64, 16, 32, 128)
-NOT_INSTALLED: Final = "flashinfer is not installed; pip install cythera[flashinfer]"
+MODULES: Final = {"flashinfer": "pip install cythera[flashinfer]"}
 
 
 def make_backend(_plan: Any) -> AttentionBackend:
@@ -32,18 +31,11 @@ def make_backend(_plan: Any) -> AttentionBackend:
 
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why this backend cannot serve the requirements."""
-    reasons = [*_device_reasons(requirements), *_shape_reasons(requirements)]
-    if importlib.util.find_spec("flashinfer") is None:
-        reasons.append(NOT_INSTALLED)
-    return reasons
+    return [*_device_reasons(requirements), *_shape_reasons(requirements)]
 
 
 def _device_reasons(requirements: Requirements) -> list[str]:
-    reasons = []
-    if requirements.device != "cuda":
-        reasons.append(f"device {requirements.device!r} is not 'cuda'")
-    if requirements.dtype not in DTYPES:
-        reasons.append(f"dtype {requirements.dtype!r} is none of {', '.join(DTYPES)}")
+    reasons = requirements.beyond(devices=["cuda"], dtypes=DTYPES, modules=MODULES)
     if requirements.kv_cache_dtype not in ("auto", requirements.dtype):
         reasons.append(
             f"kv_cache_dtype {requirements.kv_cache_dtype!r} is neither auto nor the dtype "

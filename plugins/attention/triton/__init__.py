@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 core_api = "1.0"
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
+MODULES: Final = {"triton": "pip install cythera[cuda]"}
 FP8_DTYPES: Final = ("fp8", "fp8_e4m3", "float8_e4m3fn")
 """Names of the same."""
 BLOCK_SIZES: Final = (64, 32, 16, 128)
@@ -38,11 +39,7 @@ def unsupported(requirements: Requirements) -> list[str]:
 
 
 def _device_reasons(requirements: Requirements) -> list[str]:
-    reasons = []
-    if requirements.device != "cuda":
-        reasons.append(f"device {requirements.device!r} is not 'cuda'")
-    if requirements.dtype not in DTYPES:
-        reasons.append(f"dtype {requirements.dtype!r} is none of {', '.join(DTYPES)}")
+    reasons = requirements.beyond(devices=["cuda"], dtypes=DTYPES, modules=MODULES)
     if requirements.kv_cache_dtype not in ("auto", requirements.dtype, *FP8_DTYPES):
         known = ", ".join(FP8_DTYPES)
         reasons.append(

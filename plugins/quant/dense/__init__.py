@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any, Final
 
 from core.hookspecs import hookimpl
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 core_api = "1.0"
 
 DTYPES: Final = ("bfloat16", "float16")
+MODULES: Final = {"triton": "pip install cythera[cuda]"}
 
 
 def make_scheme(plan: Plan) -> QuantScheme:
@@ -28,14 +28,7 @@ def make_scheme(plan: Plan) -> QuantScheme:
 
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why the kernels cannot serve the requirements."""
-    reasons = []
-    if requirements.device != "cuda":
-        reasons.append(f"device {requirements.device!r} is not cuda")
-    if requirements.dtype not in DTYPES:
-        reasons.append(f"dtype {requirements.dtype!r} is none of {', '.join(DTYPES)}")
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed; pip install cythera[cuda]")
-    return reasons
+    return requirements.beyond(devices=["cuda"], dtypes=DTYPES, modules=MODULES)
 
 
 @hookimpl
