@@ -235,7 +235,7 @@ def bench_kernels(
     """
     config = load_settings(model, flags, config_file, assignments)
     sizes = tuple(parse_counts("--batch-size", batch_size))
-    from core.bench import kernels  # noqa: PLC0415  imports torch and transformers
+    from core.bench import kernels, step_profile  # noqa: PLC0415  import torch and transformers
 
     options = kernels.KernelOptions(
         batch_sizes=sizes,
@@ -246,7 +246,7 @@ def bench_kernels(
         linear_kernels=linear_kernels or kernels.LINEAR_KERNELS,
     )
     ceilings, profiles = kernels.measure(config, options, trace=trace)
-    _print(kernels.report(ceilings, profiles))
+    _print(step_profile.report(ceilings, profiles))
     if output_json is not None:
         write_json(output_json, kernels.to_dict(options, ceilings, profiles))
 

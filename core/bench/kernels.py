@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,14 +21,16 @@ import torch
 from core.assemble import build_engine, resolve
 from core.bench.ceilings import measure_ceilings
 from core.bench.offline import adapt_to_batch
-from core.bench.trace import KernelTotal, add_up, busy_time, read_spans
+from core.bench.step_profile import Group, StepProfile
+from core.bench.step_work import Work, attention_work, count_prefill_steps, linear_work
+from core.bench.trace import KernelTotal, add_up, read_spans
 from core.bench.workloads import VOCAB_SIZE, uniform
 from core.errors import ConfigError, CytheraError
 from core.messages import Finish, Submit
 from core.request import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from core.bench.ceilings import Ceilings
     from core.config import EngineConfig
@@ -38,12 +40,10 @@ if TYPE_CHECKING:
 
 ATTENTION_KERNELS: Final = r"attn|attention|flash|fmha|mha_|^decode|^prefill"
 LINEAR_KERNELS: Final = (
-    r"gemm|gemv|nvjet|matmul|linear|cutlass|cublas|splitk|^vector_kernel|marlin|_mm_"
+    r"gemm|gemv|nvjet|matmul|linear|cutlass|cublas|splitk|^vector_kernel|^gate_hopper|marlin|_mm_"
 )
 """Names of kernels of the built-in plugins and of the libraries that they call."""
 NUM_WARM_STEPS: Final = 8
-MAX_ROWS: Final = 24
-"""Kernels that a table shows; the others are in the file of results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,160 +72,6 @@ class KernelOptions:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise ConfigError(f"--{name.replace('_', '-')} is no expression: {error}") from error
-
-
-# --- what a step has to do -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Bytes that one kind of kernel must move in a step, and operations that it must do."""
-
-    num_bytes: float
-    num_flops: float
-
-
-def linear_work(plan: Plan, num_tokens: int, num_sampled: int) -> Work:
-    """Count what the matrices of all layers and the head cost.
-
-    :param num_tokens: of the step.
-    :param num_sampled: rows that draw a token.
-    """
-    model = plan.model
-    head = model.vocab_size * model.hidden_size
-    item = _item_size(plan.dtype)
-    num_bytes = plan.layer_bytes * model.num_layers + head * item
-    num_flops = 2 * (model.num_linear_parameters() * num_tokens + head * num_sampled)
-    return Work(num_bytes, num_flops)
-
-
-def attention_work(plan: Plan, spans: Iterable[tuple[int, int]]) -> Work:
-    """Count what attention costs.
-
-    :param spans: first position and length of what each sequence computes in the step.
-    """
-    model = plan.model
-    per_layer = plan.kv_bytes_per_token / model.num_layers
-    num_bytes = num_flops = 0.0
-    for start, count in spans:
-        for layer in model.layers:
-            limit = layer.window or start + count
-            num_bytes += per_layer * min(start + count, limit + count - 1)
-            num_pairs = sum(min(position + 1, limit) for position in range(start, start + count))
-            num_flops += 4.0 * model.num_heads * model.head_dim * num_pairs
-    return Work(num_bytes, num_flops)
-
-
-def count_prefill_steps(batch_size: int, context_len: int, budget: int) -> int:
-    """Count the steps until every sequence has its first token, if all are there at the beginning.
-
-    :param budget: tokens of a step, of which each sequence that decodes takes one.
-    """
-    num_steps = num_done = 0
-    while num_done < batch_size * context_len:
-        num_done += max(1, budget - num_done // context_len)
-        num_steps += 1
-    return num_steps
-
-
-def _item_size(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
-
-
-# --- figures ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """All kernels of one kind, and what they had to do per step."""
-
-    name: str
-    microseconds: float
-    """Per step."""
-    work: Work
-
-    def to_dict(self, ceilings: Ceilings) -> dict[str, Any]:
-        """Plain data: rates, and shares of what the card can do."""
-        seconds = self.microseconds / 1e6
-        rates = (
-            (self.work.num_bytes / seconds, self.work.num_flops / seconds) if seconds else (0.0, 0.0)
-        )
-        return {
-            "name": self.name,
-            "us_per_step": self.microseconds,
-            "bytes": self.work.num_bytes,
-            "flops": self.work.num_flops,
-            "bytes_per_second": rates[0],
-            "flops_per_second": rates[1],
-            "share_of_bandwidth": rates[0] / ceilings.bytes_per_second,
-            "share_of_flops": rates[1] / ceilings.flops,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class StepProfile:
-    """Steps of one shape."""
-
-    what: str
-    num_steps: int
-    wall_us: float
-    """Per step, without the profiler."""
-    kernels: list[KernelTotal]
-    """Of all profiled steps together, the longest first."""
-    groups: list[Group] = field(default_factory=list)
-
-    @property
-    def busy_us(self) -> float:
-        """µs per step in which the GPU did something."""
-        return busy_time(self.kernels) / self.num_steps
-
-    @property
-    def idle_us(self) -> float:
-        """µs per step in which it did nothing."""
-        return max(0.0, self.wall_us - self.busy_us)
-
-    def to_dict(self, ceilings: Ceilings) -> dict[str, Any]:
-        """Plain data for a file of results."""
-        return {
-            "step": self.what,
-            "num_steps": self.num_steps,
-            "wall_us": self.wall_us,
-            "busy_us": self.busy_us,
-            "idle_us": self.idle_us,
-            "groups": [group.to_dict(ceilings) for group in self.groups],
-            "kernels": [
-                {
-                    "name": kernel.name,
-                    "per_step": kernel.count / self.num_steps,
-                    "us_per_step": kernel.microseconds / self.num_steps,
-                }
-                for kernel in self.kernels
-            ],
-        }
-
-
-def make_groups(
-    options: KernelOptions,
-    kernels: Sequence[KernelTotal],
-    num_steps: int,
-    linear: Work,
-    attention: Work,
-) -> list[Group]:
-    """Put each kernel into the group that its name tells; attention first, which also multiplies."""
-    times = {"attention": 0.0, "linear": 0.0, "other": 0.0}
-    for kernel in kernels:
-        if re.search(options.attention_kernels, kernel.name, re.IGNORECASE):
-            name = "attention"
-        elif re.search(options.linear_kernels, kernel.name, re.IGNORECASE):
-            name = "linear"
-        else:
-            name = "other"
-        times[name] += kernel.microseconds / num_steps
-    works = {"attention": attention, "linear": linear, "other": Work(0, 0)}
-    return [Group(name, times[name], works[name]) for name in ("linear", "attention", "other")]
-
-
-# --- running ---------------------------------------------------------------------------------------
 
 
 def measure(
@@ -415,7 +261,25 @@ class _StepBench:
         self._outputs.check()
 
 
-# --- output ----------------------------------------------------------------------------------------
+def make_groups(
+    options: KernelOptions,
+    kernels: Sequence[KernelTotal],
+    num_steps: int,
+    linear: Work,
+    attention: Work,
+) -> list[Group]:
+    """Put each kernel into the group that its name tells; attention first, which also multiplies."""
+    times = {"attention": 0.0, "linear": 0.0, "other": 0.0}
+    for kernel in kernels:
+        if re.search(options.attention_kernels, kernel.name, re.IGNORECASE):
+            name = "attention"
+        elif re.search(options.linear_kernels, kernel.name, re.IGNORECASE):
+            name = "linear"
+        else:
+            name = "other"
+        times[name] += kernel.microseconds / num_steps
+    works = {"attention": attention, "linear": linear, "other": Work(0, 0)}
+    return [Group(name, times[name], works[name]) for name in ("linear", "attention", "other")]
 
 
 def to_dict(
@@ -427,46 +291,3 @@ def to_dict(
         "ceilings": asdict(ceilings),
         "steps": [profile.to_dict(ceilings) for profile in profiles],
     }
-
-
-def report(ceilings: Ceilings, profiles: Sequence[StepProfile]) -> str:
-    """Format a table for each step, with what the card can do above them."""
-    return "\n".join(_lines(ceilings, profiles))
-
-
-def _lines(ceilings: Ceilings, profiles: Sequence[StepProfile]) -> Iterator[str]:
-    yield (
-        f"{ceilings.name}: read {ceilings.read_bytes_per_second / 1e12:.2f} TB/s, "
-        f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
-        f"bf16 product {ceilings.flops / 1e12:.0f} TFLOP/s"
-    )
-    for profile in profiles:
-        yield ""
-        yield f"{profile.what}: {profile.wall_us:.1f} µs a step, mean of {profile.num_steps}"
-        yield f"  {'kernel':<56} {'per step':>9} {'µs':>9} {'share':>6}"
-        for kernel in profile.kernels[:MAX_ROWS]:
-            microseconds = kernel.microseconds / profile.num_steps
-            count = kernel.count / profile.num_steps
-            yield _row(kernel.name, f"{count:.4g}", microseconds, profile.wall_us)
-        rest = profile.kernels[MAX_ROWS:]
-        if rest:
-            microseconds = busy_time(rest) / profile.num_steps
-            yield _row(f"({len(rest)} more)", "", microseconds, profile.wall_us)
-        yield _row("(idle)", "", profile.idle_us, profile.wall_us)
-        for group in profile.groups:
-            yield _group_line(group, ceilings, profile.wall_us)
-
-
-def _row(name: str, count: str, microseconds: float, wall: float) -> str:
-    return f"  {name:<56} {count:>9} {microseconds:>9.1f} {microseconds / wall:>6.1%}"
-
-
-def _group_line(group: Group, ceilings: Ceilings, wall: float) -> str:
-    start = f"  {group.name:<10} {group.microseconds:>9.1f} µs {group.microseconds / wall:>6.1%}"
-    if not group.work.num_bytes or not group.microseconds:
-        return start
-    figures = group.to_dict(ceilings)
-    return (
-        f"{start}  {figures['bytes_per_second'] / 1e12:.2f} TB/s ({figures['share_of_bandwidth']:.0%}), "
-        f"{figures['flops_per_second'] / 1e12:.1f} TFLOP/s ({figures['share_of_flops']:.0%})"
-    )

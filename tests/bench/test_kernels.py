@@ -11,19 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.assemble import build_engine, make_plan, resolve
-from core.bench import kernels
+from core.bench import kernels, step_profile
 from core.bench.ceilings import Ceilings
-from core.bench.kernels import (
-    Group,
-    KernelOptions,
-    StepProfile,
-    Work,
-    attention_work,
-    linear_work,
-    make_groups,
-)
+from core.bench.kernels import KernelOptions, make_groups
 from core.bench.null_executor import NAME
 from core.bench.offline import adapt_to_batch
+from core.bench.step_profile import Group, StepProfile
+from core.bench.step_work import Work, attention_work, count_prefill_steps, linear_work
 from core.bench.trace import KernelTotal
 from core.cli import main
 from core.config import load_config
@@ -127,6 +121,21 @@ def test_groups_hold_each_kernel_once():
     assert figures["share_of_flops"] == pytest.approx(1e9 / 300e-6 / 8e14)
 
 
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("decode_hopper", "attention"),
+        ("prefill_hopper", "attention"),
+        ("gate_hopper", "linear"),
+        ("gate_kernel", "other"),
+        ("vector_kernel", "linear"),
+    ],
+)
+def test_kernels_of_the_built_in_plugins_are_known(name, group):
+    groups = make_groups(KernelOptions(), [total(name, 100.0)], 20, Work(1, 1), Work(1, 1))
+    assert [g.name for g in groups if g.microseconds] == [group]
+
+
 def test_groups_can_be_named_by_the_user():
     options = KernelOptions(attention_kernels="^plan", linear_kernels="^vec")
     groups = make_groups(options, KERNELS, 20, Work(1, 1), Work(1, 1))
@@ -141,7 +150,7 @@ def test_the_report_adds_up():
     groups = make_groups(KernelOptions(), KERNELS, 20, Work(8e8, 1e9), Work(1e8, 1e6))
     profile = StepProfile("decode, batch 1, context 512", 20, 450.0, KERNELS, groups)
     assert (profile.busy_us, profile.idle_us) == (400.0, 50.0)
-    lines = kernels.report(CEILINGS, [profile]).splitlines()
+    lines = step_profile.report(CEILINGS, [profile]).splitlines()
     assert lines[0] == "a card: read 4.00 TB/s, copy 3.00 TB/s, bf16 product 800 TFLOP/s"
     assert lines[2] == "decode, batch 1, context 512: 450.0 µs a step, mean of 20"
     rows = [line.split() for line in lines[4 : 4 + len(KERNELS) + 1]]
@@ -155,8 +164,8 @@ def test_the_report_adds_up():
 
 
 def test_the_rest_of_a_long_table_is_one_line():
-    many = [total(f"kernel{i}", 20.0) for i in range(kernels.MAX_ROWS + 5)]
-    report = kernels.report(CEILINGS, [StepProfile("x", 20, 50.0, many)])
+    many = [total(f"kernel{i}", 20.0) for i in range(step_profile.MAX_ROWS + 5)]
+    report = step_profile.report(CEILINGS, [StepProfile("x", 20, 50.0, many)])
     [line] = [line for line in report.splitlines() if "more)" in line]
     assert line.split() == ["(5", "more)", "5.0", "10.0%"]
 
@@ -222,7 +231,7 @@ def test_steps_until_all_decode(batch_size, context_len, budget):
             left[index] -= taken
             free -= taken
         num_steps += 1
-    assert kernels.count_prefill_steps(batch_size, context_len, budget) == num_steps
+    assert count_prefill_steps(batch_size, context_len, budget) == num_steps
 
 
 def test_prefill_steps_hold_one_whole_prompt(bench, monkeypatch):
