@@ -3,22 +3,22 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hopper_compiler import boxes, compile_for_hopper
+from hopper_compiler import boxes, compile_for_hopper, disassemble, matrices_in_flight
 from hypothesis import settings
 from hypothesis import strategies as st
 from triton_interpreter import run_interpreted
 
+from core.interfaces import KVCacheSpec
 from core.registry import Requirements
 from core.testing.attention import AttentionConformance
 from plugins.attention import triton as plugin
-from plugins.attention.triton import hopper
-from plugins.attention.triton.decode_hopper import decode_hopper, make_boxes
-from plugins.attention.triton.prefill_hopper import prefill_hopper
+from plugins.attention.triton import backend, decode_hopper, hopper, prefill_hopper
 from plugins.attention.triton.tuning import RESERVED_BYTES, Card, choose_tuning, tune_ring
 
 (ENTRY,) = plugin.core_register_attention()
@@ -138,10 +138,11 @@ def test_cards_lack_what_is_newer_than_they():
     assert not replace(A100, capability=(8, 6)).has_fp8
 
 
-@pytest.mark.parametrize("group", [4, 16])
-def test_two_decodes_for_hopper_fit_on_a_multiprocessor(group):
+@pytest.fixture(scope="module", params=[4, 16])
+def decode_for_hopper(request):
+    """Compile it for as many query heads of a key-value head."""
     ring, dim, block_size = tune_ring(H200, 128), 128, 64
-    pages = make_boxes(torch.empty(1, 1, block_size, dim, dtype=torch.bfloat16))
+    pages = decode_hopper.make_boxes(torch.empty(1, 1, block_size, dim, dtype=torch.bfloat16))
     arguments = dict.fromkeys(("q", "out", "k_cache", "v_cache", "cos", "sin"), "*bf16")
     arguments |= dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
     arguments |= dict.fromkeys(("q_stride", "table_stride", "num_rows", "window", "is_early"), "i32")
@@ -149,38 +150,72 @@ def test_two_decodes_for_hopper_fit_on_a_multiprocessor(group):
     arguments |= {"slots": "*i64", "parts": "*fp32", "stats": "*fp32", "scale": "fp32"}
     constants = {
         "G": 8,
-        "GROUP": group,
+        "GROUP": request.param,
         "D": dim,
         "BLOCK_SIZE": block_size,
         "NUM_CTAS": ring.num_ctas,
         "MIN_TILES": ring.min_tiles,
-        "NUM_STAGES": hopper.num_stages(ring, group),
+        "NUM_STAGES": hopper.num_stages(ring, request.param),
         "IS_FUSED": True,
-        "PDL": True,
     }
-    taken = compile_for_hopper(decode_hopper, arguments, constants, maxnreg=hopper.DECODE_REGISTERS)
-    per_sm = ring.num_ctas // H200.num_sms
-    assert per_sm * (taken + RESERVED_BYTES) <= H200.shared_bytes + RESERVED_BYTES
+    return compile_for_hopper(
+        decode_hopper.decode_hopper, arguments, constants, maxnreg=hopper.DECODE_REGISTERS
+    )
+
+
+def test_two_decodes_for_hopper_fit_on_a_multiprocessor(decode_for_hopper):
+    per_sm = tune_ring(H200, 128).num_ctas // H200.num_sms
+    taken = per_sm * (decode_for_hopper.metadata.shared + RESERVED_BYTES)
+    assert taken <= H200.shared_bytes + RESERVED_BYTES
+
+
+def test_decodes_for_hopper_give_no_stage_back_while_it_is_being_loaded(decode_for_hopper):
+    """Nothing but the assembler's order of instructions sees to that; see `release`."""
+    instructions = disassemble(decode_for_hopper)
+    assert sum("LDSM" in instruction for instruction in instructions) >= 16
+    counts = matrices_in_flight(instructions)
+    assert len(counts) >= 2
+    assert not any(counts)
+
+
+def test_loads_in_flight_are_counted():
+    program = ["LDSM.16.M88.4 R8, [R1+UR4]", "LDSM.16.MT88.4 R12, [R2]", "HMMA.16816 R4, R8, R20, R4"]
+    arrive = "@!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR6+0x8], RZ"
+    product = "HMMA.16816.F32 R4, R12.reuse, R20, R4"
+    assert matrices_in_flight([*program, arrive, product, arrive]) == [1, 0]
 
 
 def test_prompts_for_hopper_fit_on_a_multiprocessor():
-    group, dim, width = 4, 128, hopper.BOX.value
+    group, dim, width = 4, 128, prefill_hopper.BOX.value
     arguments = dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
     arguments |= {"out": "*bf16", "table_stride": "i32", "num_rows": "i32", "scale": "fp32"}
-    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes([1, width, width], hopper.BOXES_3D))
-    arguments["q_boxes"] = boxes([hopper.ROWS.value // group, group, width], hopper.BOXES_3D)
+    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes([1, width, width], prefill_hopper.BOXES))
+    rows = prefill_hopper.ROWS.value
+    arguments["q_boxes"] = boxes([rows // group, group, width], prefill_hopper.BOXES)
     constants = {
         "G": 8,
         "GROUP": group,
         "GROUP_PADDED": group,
         "D": dim,
         "BLOCK_SIZE": 64,
-        "BLOCK_N": hopper.KEYS_OF_TILE,
-        "NUM_GROUPS": hopper.NUM_WARP_GROUPS,
-        "NUM_STAGES": hopper.NUM_STAGES,
-        "NUM_QUERY_STAGES": hopper.NUM_QUERY_STAGES,
-        "TAKES_TURNS": hopper.TAKES_TURNS,
-        "REGISTERS": hopper.ATTENDING_REGISTERS,
         "PDL": True,
     }
-    assert compile_for_hopper(prefill_hopper, arguments, constants) <= H200.shared_bytes
+    compiled = compile_for_hopper(prefill_hopper.prefill_hopper, arguments, constants)
+    assert compiled.metadata.shared <= H200.shared_bytes
+
+
+def test_old_pages_are_gone_before_new_ones_are_allocated(monkeypatch):
+    monkeypatch.setattr(backend, "describe_card", lambda _: H200)
+    spec = KVCacheSpec(1, 3, 64, 1, 64, torch.bfloat16, torch.device("cpu"))
+    attention = backend.TritonAttention()
+    attention.allocate_cache(spec)
+    assert attention._hopper is not None
+    old, empty, seen = weakref.ref(attention._layers[0].k), torch.empty, []
+
+    def watch(*args, **options):
+        seen.append(old() is None)
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", watch)
+    attention.allocate_cache(spec)
+    assert seen[0]

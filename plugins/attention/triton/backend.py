@@ -93,7 +93,7 @@ class TritonAttention:
 
     def allocate_cache(self, spec: KVCacheSpec, /) -> None:
         """Allocate, or allocate anew, the pages of all layers, and the workspace."""
-        self._layers = []  # the old ones must be gone first
+        self._layers, self._hopper = [], None  # the old pages must be gone first
         self._spec = spec
         self._card = describe_card(spec.device)
         self._is_narrow = spec.dtype == FP8

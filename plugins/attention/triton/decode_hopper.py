@@ -25,6 +25,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from plugins.attention.triton.numbers import LOG2_E, LOWEST
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +41,6 @@ BOX_WIDTH = gl.constexpr(64)
 """Numbers of a row of a box: the 128 bytes over which the accelerator can swizzle."""
 NUM_QUERY_ROWS = gl.constexpr(16)
 """Of a part in the workspace, as `decode` has them."""
-LOG2_E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-1.0e30)
 
 
 def make_boxes(pages: torch.Tensor) -> TensorDescriptor:
@@ -91,7 +92,6 @@ def decode_hopper(
     MIN_TILES: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     IS_FUSED: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """Attend over one chunk."""
     ring = gl.allocate_shared_memory(
@@ -110,7 +110,7 @@ def decode_hopper(
                 (
                     q, out, k_cache, v_cache, cos, sin, plan, query_starts, seq_lens, slots,
                     parts, stats, counters, ring, full, free, q_stride, num_rows, window, is_early, scale,
-                    G, GROUP, D, BLOCK_SIZE, NUM_CTAS, MIN_TILES, NUM_STAGES, IS_FUSED, PDL,
+                    G, GROUP, D, BLOCK_SIZE, NUM_CTAS, MIN_TILES, NUM_STAGES, IS_FUSED,
                 ),
             ),
             (
@@ -118,7 +118,7 @@ def decode_hopper(
                 (
                     k_boxes, v_boxes, plan, seq_lens, tables, ring, full, free,
                     table_stride, num_rows, window, is_early,
-                    G, D, BLOCK_SIZE, NUM_CTAS, MIN_TILES, NUM_STAGES, IS_FUSED, PDL,
+                    G, D, BLOCK_SIZE, NUM_CTAS, MIN_TILES, NUM_STAGES, IS_FUSED,
                 ),
             ),
         ],
@@ -151,7 +151,6 @@ def load_chunk(
     MIN_TILES: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     IS_FUSED: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """Copy all tiles of a chunk into the ring, each as soon as a stage is free.
 
@@ -160,9 +159,9 @@ def load_chunk(
     """
     if IS_FUSED:
         if is_early == 0:
-            wait_for_kernel_in_front(PDL)
+            gdc_wait()
     else:
-        wait_for_kernel_in_front(PDL)
+        gdc_wait()
     TILES_OF_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     TILE_BYTES: gl.constexpr = 2 * BLOCK_N * D * 2
     cta = gl.program_id(0)
@@ -215,24 +214,6 @@ def load_chunk(
             stage = gl.where(stage == NUM_STAGES, 0, stage)
 
 
-@gluon.jit
-def wait_for_kernel_in_front(PDL: gl.constexpr) -> None:
-    """Wait until all that earlier kernels wrote can be seen."""
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
-def let_next_kernel_start(PDL: gl.constexpr) -> None:
-    """Allow the kernel behind to start, which waits for this one before it reads."""
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
 # --- consumers -------------------------------------------------------------------------------------
 
 
@@ -267,14 +248,13 @@ def attend_chunk(
     MIN_TILES: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     IS_FUSED: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """Attend to the tiles of a chunk as they come, segment by segment.
 
     Where the first segment lies is found out while the kernel in front still runs, if that is allowed.
     """
     if is_early == 0:
-        wait_for_kernel_in_front(PDL)
+        gdc_wait()
     dtype: gl.constexpr = q.dtype.element_ty
     COLUMNS: gl.constexpr = 8 if GROUP <= 8 else 16
     KEYS: gl.constexpr = BLOCK_N // NUM_WARPS  # of a warp
@@ -320,8 +300,8 @@ def attend_chunk(
         seg_start = unit - head_start
         seg_end = gl.minimum(num_tiles, chunk_end - head_start)
         if unit == chunk_start:
-            wait_for_kernel_in_front(PDL)
-            let_next_kernel_start(PDL)
+            gdc_wait()
+            gdc_launch_dependents()
 
         has_newest = seg_end == num_tiles
         queries, newest, v_new = begin_segment(
@@ -375,7 +355,7 @@ def attend_chunk(
         )  # fmt: skip
         unit = head_start + seg_end
     if chunk_start >= chunk_end:  # whoever waits for this kernel relies on its having waited itself
-        wait_for_kernel_in_front(PDL)
+        gdc_wait()
 
 
 @gluon.jit

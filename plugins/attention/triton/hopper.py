@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import triton
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from plugins.attention.triton.decode_hopper import decode_hopper, make_boxes
-from plugins.attention.triton.prefill_hopper import BOX, ROWS, prefill_hopper
+from plugins.attention.triton import decode_hopper, prefill_hopper
 from plugins.attention.triton.tuning import tune_ring
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from core.batch import StepBatch
     from core.interfaces import AttentionSpec, KVCacheSpec
@@ -30,16 +29,8 @@ WIDE_GROUP: Final = 8
 """With more query heads the decode kernel needs room that is a stage of its ring."""
 ALIGNMENT: Final = 16
 """Bytes: of whatever the accelerator copies."""
-BOXES_3D: Final = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 DECODE_REGISTERS: Final = 128
 """Of a thread on average: two programs share a multiprocessor."""
-KEYS_OF_TILE: Final = 128
-NUM_WARP_GROUPS: Final = 2
-NUM_STAGES: Final = 2
-NUM_QUERY_STAGES: Final = 1
-TAKES_TURNS: Final = True
-ATTENDING_REGISTERS: Final = 240
-"""Of a prefill; the best of eight variants on an H200 at 2k to 32k tokens."""
 
 
 class Boxes(NamedTuple):
@@ -57,7 +48,7 @@ def serves_cache(card: Card, spec: KVCacheSpec) -> bool:
         card.capability == (9, 0)
         and spec.dtype in {torch.bfloat16, torch.float16}
         and spec.head_dim in {64, 128}
-        and spec.block_size % BOX.value == 0
+        and spec.block_size % prefill_hopper.BOX.value == 0
     )
 
 
@@ -73,7 +64,12 @@ class HopperLaunches:
         self.ring = tune_ring(card, spec.head_dim)
         """Of all decodes that it launches: beside prompts, each tuning is a kernel to compile."""
         self._boxes = [
-            Boxes(make_boxes(layer.k), make_boxes(layer.v), _boxes(layer.k), _boxes(layer.v))
+            Boxes(
+                decode_hopper.make_boxes(layer.k),
+                decode_hopper.make_boxes(layer.v),
+                prefill_hopper.make_boxes(layer.k),
+                prefill_hopper.make_boxes(layer.v),
+            )
             for layer in layers
         ]
         self._counters = torch.zeros(2, dtype=torch.int32, device=spec.device)
@@ -104,14 +100,14 @@ class HopperLaunches:
         boxes, group = self._boxes[spec.layer], spec.num_heads // spec.num_kv_heads
         cos, sin = rotary or (None, None)
         tuning = self.ring
-        decode_hopper[(tuning.num_ctas,)](
+        decode_hopper.decode_hopper[(tuning.num_ctas,)](
             q, out, boxes.k_of_decode, boxes.v_of_decode, layer.k, layer.v, cos, sin,
             plan, batch.query_starts, batch.seq_lens, batch.slots, batch.block_tables,
             work.parts, work.stats, work.counters,
             q.stride(0), batch.block_tables.stride(0), batch.num_rows, window, int(is_early), spec.scale,
             spec.num_kv_heads, group, spec.head_dim, self._spec.block_size,
             tuning.num_ctas, tuning.min_tiles, num_stages(tuning, group),
-            rotary is not None, True,
+            rotary is not None,
             num_warps=tuning.num_warps, maxnreg=DECODE_REGISTERS, launch_pdl=True,
         )  # fmt: skip
 
@@ -129,7 +125,9 @@ class HopperLaunches:
 
     def tokens_of_block(self, group: int) -> int:
         """Count the tokens whose queries one program takes at once."""
-        return int(NUM_WARP_GROUPS * ROWS.value // triton.next_power_of_2(group))
+        return int(
+            prefill_hopper.NUM_GROUPS.value * prefill_hopper.ROWS.value // triton.next_power_of_2(group)
+        )
 
     def prefill(
         self,
@@ -149,21 +147,13 @@ class HopperLaunches:
         """
         boxes, group = self._boxes[spec.layer], spec.num_heads // spec.num_kv_heads
         padded = triton.next_power_of_2(group)
-        dim, width = spec.head_dim, BOX.value
-        queries: Any = TensorDescriptor(
-            q,
-            [batch.num_tokens, spec.num_heads, dim],
-            [q.stride(0), dim, 1],
-            [ROWS.value // padded, padded, width],
-            BOXES_3D,
-        )
-        prefill_hopper[(min(num_blocks * spec.num_kv_heads, self._num_sms),)](
+        queries = prefill_hopper.make_query_boxes(q, spec.num_heads, padded, spec.head_dim)
+        prefill_hopper.prefill_hopper[(min(num_blocks * spec.num_kv_heads, self._num_sms),)](
             queries, boxes.k_of_prefill, boxes.v_of_prefill, out,
             plan, batch.query_starts, batch.seq_lens, batch.block_tables, self._counters,
             batch.block_tables.stride(0), batch.num_rows, spec.scale,
-            spec.num_kv_heads, group, padded, dim, self._spec.block_size,
-            KEYS_OF_TILE, NUM_WARP_GROUPS, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS,
-            ATTENDING_REGISTERS, True,
+            spec.num_kv_heads, group, padded, spec.head_dim, self._spec.block_size,
+            True,
             num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
@@ -171,9 +161,3 @@ class HopperLaunches:
 def num_stages(ring: DecodeTuning, group: int) -> int:
     """Count the stages for a number of query heads of a key-value head."""
     return ring.num_stages - (group > WIDE_GROUP)
-
-
-def _boxes(pages: torch.Tensor) -> TensorDescriptor:
-    """Describe pages [num_blocks, G, block_size, D] as [num_blocks · G, block_size, D]."""
-    width = BOX.value
-    return TensorDescriptor.from_tensor(pages.flatten(0, 1), [1, width, width], BOXES_3D)

@@ -10,6 +10,8 @@ Tiles are walked from the last to the first, so that those which need a mask com
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,10 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-1.0e30)
-"""Where a running maximum begins: finite, as the difference of two infinities is NaN."""
+from plugins.attention.triton.numbers import LOG2_E, LOWEST
+
+if TYPE_CHECKING:
+    import torch
 
 BOX = gl.constexpr(64)
 """Keys, and numbers of a head, that are copied at once: 128 bytes are the width of the swizzle."""
@@ -31,11 +35,50 @@ BOX = gl.constexpr(64)
 ROWS = gl.constexpr(64)
 """Rows of one group of warps."""
 
+NUM_GROUPS = gl.constexpr(2)
+"""Groups of warps that attend, in turns."""
+
+BLOCK_N = gl.constexpr(128)
+"""Keys of a tile: two boxes."""
+
+NUM_STAGES = gl.constexpr(2)
+ATTENDING_REGISTERS = gl.constexpr(240)
+COPYING_REGISTERS = gl.constexpr(24)
+"""Of a thread.  All sizes together: the best of eight on an H200, at 2k to 32k tokens."""
+
 PACK_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PACK_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 
 NUM_NOTES = gl.constexpr(4)
 """Numbers that describe a block of queries to those who attend."""
+
+
+BOXES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+def make_boxes(pages: torch.Tensor) -> TensorDescriptor:
+    """Describe the keys or values of a layer to the tensor memory accelerator.
+
+    :param pages: [num_blocks, G, block_size, D], contiguous, of two bytes a number; block_size a multiple
+        of 64 and D of 64.
+    """
+    width = BOX.value
+    return TensorDescriptor.from_tensor(pages.flatten(0, 1), [1, width, width], BOXES)
+
+
+def make_query_boxes(q: torch.Tensor, num_heads: int, group: int, dim: int) -> TensorDescriptor:
+    """Describe queries.
+
+    :param q: [T, ...], each row beginning with its heads and aligned to 16 bytes.
+    :param group: query heads of a key-value head, padded to a power of two.
+    """
+    return TensorDescriptor(
+        q,
+        [q.shape[0], num_heads, dim],
+        [q.stride(0), dim, 1],
+        [ROWS.value // group, group, BOX.value],
+        BOXES,
+    )
 
 
 @gluon.jit(do_not_specialize=["table_stride", "num_rows"])
@@ -57,12 +100,6 @@ def prefill_hopper(
     GROUP_PADDED: gl.constexpr,
     D: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_GROUPS: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
-    NUM_QUERY_STAGES: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
-    REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     """Attend for blocks of queries until none is left."""
@@ -76,21 +113,19 @@ def prefill_hopper(
     v_ring = gl.allocate_shared_memory(dtype, [NUM_STAGES * boxes, 1, BOX, BOX], v_boxes.layout)
     q_ring = gl.allocate_shared_memory(
         dtype,
-        [NUM_QUERY_STAGES * NUM_GROUPS * (D // BOX), ROWS // GROUP_PADDED, GROUP_PADDED, BOX],
+        [NUM_GROUPS * (D // BOX), ROWS // GROUP_PADDED, GROUP_PADDED, BOX],
         q_boxes.layout,
     )
     k_tiles = k_ring._reinterpret(dtype, [NUM_STAGES, BLOCK_N, D], flat)  # noqa: SLF001  there is no other
     v_tiles = v_ring._reinterpret(dtype, [NUM_STAGES, BLOCK_N, D], flat)  # noqa: SLF001  there is no other
-    q_tiles = q_ring._reinterpret(dtype, [NUM_QUERY_STAGES * NUM_GROUPS, ROWS, D], flat)  # noqa: SLF001
-    notes = gl.allocate_shared_memory(
-        gl.int32, [NUM_QUERY_STAGES * NUM_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    q_tiles = q_ring._reinterpret(dtype, [NUM_GROUPS, ROWS, D], flat)  # noqa: SLF001
+    notes = gl.allocate_shared_memory(gl.int32, [NUM_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_full = make_barriers(NUM_STAGES, 1)
     v_full = make_barriers(NUM_STAGES, 1)
-    q_full = make_barriers(NUM_QUERY_STAGES, 1)
+    q_full = make_barriers(1, 1)
     k_empty = make_barriers(NUM_STAGES, NUM_GROUPS)
     v_empty = make_barriers(NUM_STAGES, NUM_GROUPS)
-    q_empty = make_barriers(NUM_QUERY_STAGES, NUM_GROUPS)
+    q_empty = make_barriers(1, NUM_GROUPS)
     fence_async_shared()
 
     # Constants would not stay constant in a tuple with a name.
@@ -102,24 +137,11 @@ def prefill_hopper(
     attended = (
         q_tiles, k_tiles, v_tiles, notes, q_full, k_full, v_full, q_empty, k_empty, v_empty, out, scale,
     )  # fmt: skip
-    if NUM_GROUPS == 1:
-        gl.warp_specialize([
-            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 1, NUM_STAGES, NUM_QUERY_STAGES, False)),
-            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 1, NUM_STAGES, NUM_QUERY_STAGES)),
-        ], [1], [24])  # fmt: skip
-    elif NUM_GROUPS == 2:
-        gl.warp_specialize([
-            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
-            (attend, (attended, 1, G, GROUP, GROUP_PADDED, D, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
-            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 2, NUM_STAGES, NUM_QUERY_STAGES)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (attend, (attended, 0, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
-            (attend, (attended, 1, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
-            (attend, (attended, 2, G, GROUP, GROUP_PADDED, D, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES, TAKES_TURNS)),
-            (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE, BLOCK_N, 3, NUM_STAGES, NUM_QUERY_STAGES)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize([
+        (attend, (attended, 0, G, GROUP, GROUP_PADDED, D)),
+        (attend, (attended, 1, G, GROUP, GROUP_PADDED, D)),
+        (copy_blocks, (copied, G, GROUP, GROUP_PADDED, D, BLOCK_SIZE)),
+    ], [4, 1], [ATTENDING_REGISTERS, COPYING_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
@@ -142,10 +164,6 @@ def copy_blocks(
     GROUP_PADDED: gl.constexpr,
     D: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_GROUPS: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
-    NUM_QUERY_STAGES: gl.constexpr,
 ) -> None:
     """Take blocks of queries and copy what they need, in the order in which it is wanted.
 
@@ -174,16 +192,15 @@ def copy_blocks(
         first_position = seq_len - num_left
         table = tables + row * table_stride
         tile = gl.cdiv(first_position + gl.minimum(num_left, BLOCK_TOKENS), BLOCK_N) - 1
-        places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE, BLOCK_N)
-        copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+        places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE)
+        copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied, places, D)
 
-        slot = turn % NUM_QUERY_STAGES
-        mbarrier.wait(q_empty.index(slot), turn // NUM_QUERY_STAGES & 1 ^ 1)
-        write_note(notes, slot * NUM_NOTES, num_left)
-        write_note(notes, slot * NUM_NOTES + 1, query_start + first_query)
-        write_note(notes, slot * NUM_NOTES + 2, first_position)
-        write_note(notes, slot * NUM_NOTES + 3, head)
-        mbarrier.expect(q_full.index(slot), NUM_GROUPS * ROWS * D * 2)
+        mbarrier.wait(q_empty.index(0), turn & 1 ^ 1)
+        write_note(notes, 0, num_left)
+        write_note(notes, 1, query_start + first_query)
+        write_note(notes, 2, first_position)
+        write_note(notes, 3, head)
+        mbarrier.expect(q_full.index(0), NUM_GROUPS * ROWS * D * 2)
         for group in gl.static_range(NUM_GROUPS):
             for half in gl.static_range(D // BOX):
                 tma.async_copy_global_to_shared(
@@ -193,28 +210,25 @@ def copy_blocks(
                         head * GROUP,
                         half * BOX,
                     ],
-                    q_full.index(slot),
-                    q_ring.index((slot * NUM_GROUPS + group) * (D // BOX) + half),
+                    q_full.index(0),
+                    q_ring.index(group * (D // BOX) + half),
                 )
 
         for _ in range(tile):
             tile -= 1
-            next_places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE, BLOCK_N)
-            copy_tile(
-                k_boxes, k_ring, k_full, k_empty, num_copied + 1, next_places, D, BLOCK_N, NUM_STAGES
-            )
-            copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+            next_places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE)
+            copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied + 1, next_places, D)
+            copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D)
             places = next_places
             num_copied += 1
-        copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D, BLOCK_N, NUM_STAGES)
+        copy_tile(v_boxes, v_ring, v_full, v_empty, num_copied, places, D)
         num_copied += 1
         turn += 1
         unit = next_unit
 
-    slot = turn % NUM_QUERY_STAGES
-    mbarrier.wait(q_empty.index(slot), turn // NUM_QUERY_STAGES & 1 ^ 1)
-    write_note(notes, slot * NUM_NOTES, num_units * 0)
-    mbarrier.arrive(q_full.index(slot), count=1)
+    mbarrier.wait(q_empty.index(0), turn & 1 ^ 1)
+    write_note(notes, 0, num_units * 0)
+    mbarrier.arrive(q_full.index(0), count=1)
     if gl.atomic_add(counters + 1, 1) == num_programs - 1:  # all others have taken their last
         gl.store(counters, 0)
         gl.store(counters + 1, 0)
@@ -235,15 +249,11 @@ def find_boxes(
     head: tl.tensor,
     G: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
 ) -> tl.tensor:
     """Find page and first place in it of the first and the last box of a tile."""
     first_key = tile * BLOCK_N
     page, start = find_box(table, first_key, seq_len, head, G, BLOCK_SIZE)
-    last_page, last_start = page, start
-    if BLOCK_N > BOX:
-        gl.static_assert(BLOCK_N == 2 * BOX)
-        last_page, last_start = find_box(table, first_key + BOX, seq_len, head, G, BLOCK_SIZE)
+    last_page, last_start = find_box(table, first_key + BOX, seq_len, head, G, BLOCK_SIZE)
     return page, start, last_page, last_start
 
 
@@ -276,8 +286,6 @@ def copy_tile(
     count: tl.tensor,
     places: tl.tensor,
     D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
 ) -> None:
     """Copy a tile, the count-th of all, as soon as there is room."""
     stage = count % NUM_STAGES
@@ -306,11 +314,6 @@ def attend(
     GROUP: gl.constexpr,
     GROUP_PADDED: gl.constexpr,
     D: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_GROUPS: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
-    NUM_QUERY_STAGES: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
 ) -> None:
     """Attend for the INDEX-th 64 rows of each block, as one group of four warps."""
     (
@@ -323,16 +326,16 @@ def attend(
     factor = scale * LOG2_E
     num_seen = 0  # tiles
     turn = 0
-    if TAKES_TURNS and INDEX == NUM_GROUPS - 1:
-        give_turn(INDEX, NUM_GROUPS)
+    if INDEX == NUM_GROUPS - 1:
+        give_turn(INDEX)
     mbarrier.wait(q_full.index(0), 0)
     num_left = read_note(notes, 0)
     while num_left > 0:
-        slot = turn % NUM_QUERY_STAGES
-        first_token = read_note(notes, slot * NUM_NOTES + 1)
-        first_position = read_note(notes, slot * NUM_NOTES + 2)
-        head = read_note(notes, slot * NUM_NOTES + 3)
-        queries = q_tiles.index(slot * NUM_GROUPS + INDEX)
+        # Read long before the place is given back, though first used after that.
+        first_token = read_note(notes, 1)
+        first_position = read_note(notes, 2)
+        head = read_note(notes, 3)
+        queries = q_tiles.index(INDEX)
 
         row = INDEX * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         position = first_position + row // GROUP_PADDED
@@ -344,7 +347,7 @@ def attend(
 
         weights, top, total = weigh_last_tile(
             queries, k_tiles, k_full, k_empty, num_seen, factor, last, seq_len, position,
-            BLOCK_N, NUM_STAGES, SCORES,
+            SCORES,
         )  # fmt: skip
         shrink = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
@@ -352,17 +355,17 @@ def attend(
             acc, weights, top, total, shrink = attend_tile(
                 queries, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
                 acc, weights, top, total, shrink, num_seen, factor, last - i, seq_len, position,
-                INDEX, NUM_GROUPS, BLOCK_N, NUM_STAGES, True, TAKES_TURNS, SCORES, SUMS,
+                INDEX, True, SCORES, SUMS,
             )  # fmt: skip
             num_seen += 1
         for i in range(num_whole):
             acc, weights, top, total, shrink = attend_tile(
                 queries, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty,
                 acc, weights, top, total, shrink, num_seen, factor, i, seq_len, position,
-                INDEX, NUM_GROUPS, BLOCK_N, NUM_STAGES, False, TAKES_TURNS, SCORES, SUMS,
+                INDEX, False, SCORES, SUMS,
             )  # fmt: skip
             num_seen += 1
-        mbarrier.arrive(q_empty.index(slot))
+        mbarrier.arrive(q_empty.index(0))
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
         stage = num_seen % NUM_STAGES
         mbarrier.wait(v_full.index(stage), num_seen // NUM_STAGES & 1)
@@ -375,9 +378,8 @@ def attend(
             INDEX, G, GROUP, GROUP_PADDED, D, SUMS,
         )  # fmt: skip
         turn += 1
-        slot = turn % NUM_QUERY_STAGES
-        mbarrier.wait(q_full.index(slot), turn // NUM_QUERY_STAGES & 1)
-        num_left = read_note(notes, slot * NUM_NOTES)
+        mbarrier.wait(q_full.index(0), turn & 1)
+        num_left = read_note(notes, 0)
 
 
 @gluon.jit
@@ -391,8 +393,6 @@ def weigh_last_tile(
     tile: tl.tensor,
     seq_len: tl.tensor,
     position: tl.tensor,
-    BLOCK_N: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
     SCORES: gl.constexpr,
 ) -> tl.tensor:
     """Weigh the keys of the tile with which a block of queries begins.
@@ -410,7 +410,7 @@ def weigh_last_tile(
     )
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(stage))
-    scores = mask_tile(scores, tile, seq_len, position, BLOCK_N, SCORES)
+    scores = mask_tile(scores, tile, seq_len, position, SCORES)
     top = gl.maximum(gl.max(scores, 1), LOWEST)
     weights = gl.exp2(scores * factor - (top * factor)[:, None])
     return pack(weights, k_tiles.dtype), top, sum_own(weights)
@@ -436,11 +436,7 @@ def attend_tile(
     seq_len: tl.tensor,
     position: tl.tensor,
     INDEX: gl.constexpr,
-    NUM_GROUPS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    NUM_STAGES: gl.constexpr,
     IS_MASKED: gl.constexpr,
-    TAKES_TURNS: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ) -> tl.tensor:
@@ -454,8 +450,7 @@ def attend_tile(
     v_stage = num_seen % NUM_STAGES
     k_stage = (num_seen + 1) % NUM_STAGES
     mbarrier.wait(k_full.index(k_stage), (num_seen + 1) // NUM_STAGES & 1)
-    if TAKES_TURNS:
-        await_turn(INDEX)
+    await_turn(INDEX)
     scores = warpgroup_mma(
         queries,
         k_tiles.index(k_stage).permute((1, 0)),
@@ -466,12 +461,11 @@ def attend_tile(
     acc *= gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
     mbarrier.wait(v_full.index(v_stage), num_seen // NUM_STAGES & 1)
     acc = warpgroup_mma(as_operand(weights, dtype, SUMS), v_tiles.index(v_stage), acc, is_async=True)
-    if TAKES_TURNS:
-        give_turn(INDEX, NUM_GROUPS)
+    give_turn(INDEX)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(k_stage))
     if IS_MASKED:
-        scores = mask_tile(scores, tile, seq_len, position, BLOCK_N, SCORES)
+        scores = mask_tile(scores, tile, seq_len, position, SCORES)
     new_top = gl.maximum(top, gl.max(scores, 1))
     shrink = gl.exp2((top - new_top) * factor)
     new_weights = gl.exp2(scores * factor - (new_top * factor)[:, None])
@@ -491,7 +485,6 @@ def mask_tile(
     tile: tl.tensor,
     seq_len: tl.tensor,
     position: tl.tensor,
-    BLOCK_N: gl.constexpr,
     SCORES: gl.constexpr,
 ) -> tl.tensor:
     """Hide keys behind a query, and what lies in front of the keys in the last box of a sequence."""
@@ -588,24 +581,20 @@ def read_note(notes: gl.shared_memory_descriptor, place: tl.tensor) -> tl.tensor
 
 @gluon.jit
 def await_turn(INDEX: gl.constexpr) -> None:
-    """Wait until the group of warps in front has issued its products."""
+    """Wait until the other group of warps has issued its products."""
     if INDEX == 0:
         issue("bar.sync 8, 256; mov.u32 $0, 0;")
-    elif INDEX == 1:
-        issue("bar.sync 9, 256; mov.u32 $0, 0;")
     else:
-        issue("bar.sync 10, 256; mov.u32 $0, 0;")
+        issue("bar.sync 9, 256; mov.u32 $0, 0;")
 
 
 @gluon.jit
-def give_turn(INDEX: gl.constexpr, NUM_GROUPS: gl.constexpr) -> None:
-    """Let the next group of warps issue its products."""
-    if (INDEX + 1) % NUM_GROUPS == 0:
+def give_turn(INDEX: gl.constexpr) -> None:
+    """Let the other group of warps issue its products."""
+    if INDEX == 1:
         issue("bar.arrive 8, 256; mov.u32 $0, 0;")
-    elif (INDEX + 1) % NUM_GROUPS == 1:
-        issue("bar.arrive 9, 256; mov.u32 $0, 0;")
     else:
-        issue("bar.arrive 10, 256; mov.u32 $0, 0;")
+        issue("bar.arrive 9, 256; mov.u32 $0, 0;")
 
 
 @gluon.jit
