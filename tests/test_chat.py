@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -484,6 +485,8 @@ def test_in_a_real_terminal(server):
 
     def take_terminal():
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        # Shells have what they start in the background ignore it, tests with all their children too.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     process = subprocess.Popen(  # noqa: S603  our own interpreter
         [sys.executable, "-c", COMMAND, server.url],
