@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -53,6 +54,12 @@ def step(number=1, *, prompt=0, decodes=1, running=1, waiting=0, usage=0.5, dura
     ids = ["r"] * decodes
     total = prompt + decodes
     return StepCompleted(number, total, decodes, running, waiting, usage, duration, ids, tokens)
+
+
+@pytest.fixture(autouse=True)
+def _every_level():
+    """Forget what an engine of another test in this process has set."""
+    structlog.reset_defaults()
 
 
 def lines_of(batches, **settings):
