@@ -198,7 +198,6 @@ def test_prompts_for_hopper_fit_on_a_multiprocessor():
         "GROUP_PADDED": group,
         "D": dim,
         "BLOCK_SIZE": 64,
-        "PDL": True,
     }
     compiled = compile_for_hopper(prefill_hopper.prefill_hopper, arguments, constants)
     assert compiled.metadata.shared <= H200.shared_bytes

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from plugins.attention.triton.backend import Layer, Workspace
     from plugins.attention.triton.tuning import Card, DecodeTuning
 
-MOST_GROUPS: Final = 16
-"""Query heads of a key-value head."""
 FEW_ROWS: Final = 16
 """Up to so many rows it takes longer in place, if not by itself: with a ring in shared memory, the kernel
 behind cannot start early.  At batch 1 a step of an 8B model took 0.28 ms longer on an H200."""
@@ -79,8 +77,7 @@ class HopperLaunches:
     def can_decode(self, spec: AttentionSpec, num_rows: int, *, is_fused: bool) -> bool:
         """Whether the kernel serves a layer, and is worth it."""
         is_worth_it = num_rows > FEW_ROWS or not is_fused
-        group = spec.num_heads // spec.num_kv_heads
-        return is_worth_it and spec.softcap is None and group <= MOST_GROUPS
+        return is_worth_it and spec.softcap is None
 
     def decode(
         self,
@@ -118,7 +115,6 @@ class HopperLaunches:
         return (
             spec.softcap is None
             and spec.window is None
-            and spec.num_heads // spec.num_kv_heads <= MOST_GROUPS
             and q.data_ptr() % ALIGNMENT == 0
             and q.stride(0) * q.element_size() % ALIGNMENT == 0
         )
@@ -153,7 +149,6 @@ class HopperLaunches:
             plan, batch.query_starts, batch.seq_lens, batch.block_tables, self._counters,
             batch.block_tables.stride(0), batch.num_rows, spec.scale,
             spec.num_kv_heads, group, padded, spec.head_dim, self._spec.block_size,
-            True,
             num_warps=4, launch_pdl=True,
         )  # fmt: skip
 

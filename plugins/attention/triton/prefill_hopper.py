@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins.attention.triton.numbers import LOG2_E, LOWEST
 
@@ -83,29 +83,27 @@ def make_query_boxes(q: torch.Tensor, num_heads: int, group: int, dim: int) -> T
 
 @gluon.jit(do_not_specialize=["table_stride", "num_rows"])
 def prefill_hopper(
-    q_boxes: tl.tensor,  # descriptor of q as [T, H, D], in boxes [ROWS / GROUP_PADDED, GROUP_PADDED, BOX]
-    k_boxes: tl.tensor,  # descriptor of the keys as [num_blocks · G, BLOCK_SIZE, D], in boxes [1, BOX, BOX]
-    v_boxes: tl.tensor,  # as k_boxes
-    out: tl.tensor,  # [T, H, D], written
-    plan: tl.tensor,  # of plan_prompts, for blocks of NUM_GROUPS · ROWS / GROUP_PADDED tokens
-    query_starts: tl.tensor,  # [S + 1] int32
-    seq_lens: tl.tensor,  # [S] int32
-    tables: tl.tensor,  # [S, table_stride] int32
-    counters: tl.tensor,  # [2] int32, zero before and after
-    table_stride: tl.tensor,
-    num_rows: tl.tensor,
-    scale: tl.tensor,
+    q_boxes: gl.tensor,  # descriptor of q as [T, H, D], in boxes [ROWS / GROUP_PADDED, GROUP_PADDED, BOX]
+    k_boxes: gl.tensor,  # descriptor of the keys as [num_blocks · G, BLOCK_SIZE, D], in boxes [1, BOX, BOX]
+    v_boxes: gl.tensor,  # as k_boxes
+    out: gl.tensor,  # [T, H, D], written
+    plan: gl.tensor,  # of plan_prompts, for blocks of NUM_GROUPS · ROWS / GROUP_PADDED tokens
+    query_starts: gl.tensor,  # [S + 1] int32
+    seq_lens: gl.tensor,  # [S] int32
+    tables: gl.tensor,  # [S, table_stride] int32
+    counters: gl.tensor,  # [2] int32, zero before and after
+    table_stride: gl.tensor,
+    num_rows: gl.tensor,
+    scale: gl.tensor,
     G: gl.constexpr,
     GROUP: gl.constexpr,
     GROUP_PADDED: gl.constexpr,
     D: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    PDL: gl.constexpr,
 ) -> None:
     """Attend for blocks of queries until none is left."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    gdc_wait()
+    gdc_launch_dependents()
     dtype: gl.constexpr = k_boxes.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     boxes: gl.constexpr = BLOCK_N // BOX * (D // BOX)
@@ -158,7 +156,7 @@ def make_barriers(NUM: gl.constexpr, COUNT: gl.constexpr) -> gl.shared_memory_de
 
 @gluon.jit
 def copy_blocks(
-    copied: tl.tuple,
+    copied: gl.tuple,
     G: gl.constexpr,
     GROUP: gl.constexpr,
     GROUP_PADDED: gl.constexpr,
@@ -235,7 +233,7 @@ def copy_blocks(
 
 
 @gluon.jit
-def write_note(notes: gl.shared_memory_descriptor, place: tl.tensor, value: tl.tensor) -> None:
+def write_note(notes: gl.shared_memory_descriptor, place: gl.tensor, value: gl.tensor) -> None:
     """Leave a number for those who attend."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     notes.index(place).store(gl.full([1], value, gl.int32, layout))
@@ -243,13 +241,13 @@ def write_note(notes: gl.shared_memory_descriptor, place: tl.tensor, value: tl.t
 
 @gluon.jit
 def find_boxes(
-    table: tl.tensor,
-    tile: tl.tensor,
-    seq_len: tl.tensor,
-    head: tl.tensor,
+    table: gl.tensor,
+    tile: gl.tensor,
+    seq_len: gl.tensor,
+    head: gl.tensor,
     G: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-) -> tl.tensor:
+) -> gl.tensor:
     """Find page and first place in it of the first and the last box of a tile."""
     first_key = tile * BLOCK_N
     page, start = find_box(table, first_key, seq_len, head, G, BLOCK_SIZE)
@@ -259,13 +257,13 @@ def find_boxes(
 
 @gluon.jit
 def find_box(
-    table: tl.tensor,
-    first_key: tl.tensor,
-    seq_len: tl.tensor,
-    head: tl.tensor,
+    table: gl.tensor,
+    first_key: gl.tensor,
+    seq_len: gl.tensor,
+    head: gl.tensor,
     G: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-) -> tl.tensor:
+) -> gl.tensor:
     """Find page and first place in it of the box that holds some keys.
 
     Behind the keys of a sequence anything may lie, and no weight, not even zero, is proof against NaN.
@@ -279,12 +277,12 @@ def find_box(
 
 @gluon.jit
 def copy_tile(
-    boxes: tl.tensor,
+    boxes: gl.tensor,
     ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    count: tl.tensor,
-    places: tl.tensor,
+    count: gl.tensor,
+    places: gl.tensor,
     D: gl.constexpr,
 ) -> None:
     """Copy a tile, the count-th of all, as soon as there is room."""
@@ -308,7 +306,7 @@ def copy_tile(
 
 @gluon.jit
 def attend(
-    attended: tl.tuple,
+    attended: gl.tuple,
     INDEX: gl.constexpr,
     G: gl.constexpr,
     GROUP: gl.constexpr,
@@ -388,13 +386,13 @@ def weigh_last_tile(
     k_tiles: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
     k_empty: gl.shared_memory_descriptor,
-    num_seen: tl.tensor,
-    factor: tl.tensor,
-    tile: tl.tensor,
-    seq_len: tl.tensor,
-    position: tl.tensor,
+    num_seen: gl.tensor,
+    factor: gl.tensor,
+    tile: gl.tensor,
+    seq_len: gl.tensor,
+    position: gl.tensor,
     SCORES: gl.constexpr,
-) -> tl.tensor:
+) -> gl.tensor:
     """Weigh the keys of the tile with which a block of queries begins.
 
     :return: weights, top, total.
@@ -425,21 +423,21 @@ def attend_tile(
     v_full: gl.shared_memory_descriptor,
     k_empty: gl.shared_memory_descriptor,
     v_empty: gl.shared_memory_descriptor,
-    acc: tl.tensor,
-    weights: tl.tensor,
-    top: tl.tensor,
-    total: tl.tensor,
-    shrink: tl.tensor,
-    num_seen: tl.tensor,
-    factor: tl.tensor,
-    tile: tl.tensor,
-    seq_len: tl.tensor,
-    position: tl.tensor,
+    acc: gl.tensor,
+    weights: gl.tensor,
+    top: gl.tensor,
+    total: gl.tensor,
+    shrink: gl.tensor,
+    num_seen: gl.tensor,
+    factor: gl.tensor,
+    tile: gl.tensor,
+    seq_len: gl.tensor,
+    position: gl.tensor,
     INDEX: gl.constexpr,
     IS_MASKED: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
-) -> tl.tensor:
+) -> gl.tensor:
     """Add up the values of the tile before, and meanwhile weigh the keys of this one.
 
     :param weights: of the tile before.
@@ -481,12 +479,12 @@ def attend_tile(
 
 @gluon.jit
 def mask_tile(
-    scores: tl.tensor,
-    tile: tl.tensor,
-    seq_len: tl.tensor,
-    position: tl.tensor,
+    scores: gl.tensor,
+    tile: gl.tensor,
+    seq_len: gl.tensor,
+    position: gl.tensor,
     SCORES: gl.constexpr,
-) -> tl.tensor:
+) -> gl.tensor:
     """Hide keys behind a query, and what lies in front of the keys in the last box of a sequence."""
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     # Which box it is in is known to the compiler by this form alone.
@@ -508,7 +506,7 @@ def mask_tile(
 
 
 @gluon.jit
-def pack(weights: tl.tensor, dtype: gl.constexpr) -> tl.tensor:
+def pack(weights: gl.tensor, dtype: gl.constexpr) -> gl.tensor:
     """Round weights, two to a register.
 
     :param weights: [ROWS, BLOCK_N] float32.
@@ -523,7 +521,7 @@ def pack(weights: tl.tensor, dtype: gl.constexpr) -> tl.tensor:
 
 
 @gluon.jit
-def as_operand(packed: tl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> tl.tensor:
+def as_operand(packed: gl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> gl.tensor:
     """See packed weights as the left side of a product; no number leaves its thread.
 
     :return: [ROWS, BLOCK_N].
@@ -534,7 +532,7 @@ def as_operand(packed: tl.tensor, dtype: gl.constexpr, SUMS: gl.constexpr) -> tl
 
 
 @gluon.jit
-def sum_own(weights: tl.tensor) -> tl.tensor:
+def sum_own(weights: gl.tensor) -> gl.tensor:
     """Add up what one thread has of each row: every fourth pair.
 
     :param weights: [ROWS, BLOCK_N].
@@ -545,12 +543,12 @@ def sum_own(weights: tl.tensor) -> tl.tensor:
 
 @gluon.jit
 def store_block(
-    out: tl.tensor,
-    acc: tl.tensor,
-    norm: tl.tensor,
-    first_token: tl.tensor,
-    head: tl.tensor,
-    num_left: tl.tensor,
+    out: gl.tensor,
+    acc: gl.tensor,
+    norm: gl.tensor,
+    first_token: gl.tensor,
+    head: gl.tensor,
+    num_left: gl.tensor,
     INDEX: gl.constexpr,
     G: gl.constexpr,
     GROUP: gl.constexpr,
@@ -573,7 +571,7 @@ def store_block(
 
 
 @gluon.jit
-def read_note(notes: gl.shared_memory_descriptor, place: tl.tensor) -> tl.tensor:
+def read_note(notes: gl.shared_memory_descriptor, place: gl.tensor) -> gl.tensor:
     """Read what the warp that copies left."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(notes.index(place).load(layout), 0)
