@@ -13,7 +13,6 @@ what has been copied there since; the state has one row more than the batch, for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -181,21 +180,34 @@ class BatchState:
         self._padding_row = max_rows
         max_blocks = -(-max_model_len // block_size)
         # One column more: the token drawn at the last position is stored, though never fed back.
-        shape = (max_rows + 1, max_model_len + 1)
-        self.tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros((max_rows + 1, max_blocks), dtype=torch.int32, device=device)
+        shapes = [(max_rows + 1, max_model_len + 1), (max_rows + 1, max_blocks)]
+        first, second = (rows * columns for rows, columns in shapes)
+        # In one piece, so that a single scatter enters whatever a plan brings.
+        self._words = torch.zeros(first + second, dtype=torch.int32, device=device)
+        self.tokens, self.block_tables = (
+            part.view(shape)
+            for part, shape in zip(self._words.split([first, second]), shapes, strict=True)
+        )
+        self._num_blocks = [0] * (max_rows + 1)
+        """Of each row, that are or were its own."""
 
     def update(self, plan: StepPlan) -> None:
         """Enter the tokens and blocks that a plan brings."""
-        if plan.added:
-            starts = [(entry.row, 0, entry.token_ids) for entry in plan.added]
-            self._scatter(self.tokens, starts)
+        width, max_blocks = self.tokens.shape[1], self.block_tables.shape[1]
+        first_table = self.tokens.numel()
+        runs, former = [], {}
+        for entry in plan.added:
+            runs.append((entry.row * width, entry.token_ids))
+            former[entry.row] = self._num_blocks[entry.row]
+            self._num_blocks[entry.row] = 0
+        for append in plan.appended:
+            runs.append((first_table + append.row * max_blocks + append.start, append.block_ids))
+            self._num_blocks[append.row] = append.start + len(append.block_ids)
+        for row, count in former.items():
             # What the row's former request left behind its end becomes padding.
-            added = self._to_device(np.array([entry.row for entry in plan.added]))
-            self.block_tables.index_fill_(0, added, 0)
-        if plan.appended:
-            appended = [(append.row, append.start, append.block_ids) for append in plan.appended]
-            self._scatter(self.block_tables, appended)
+            end = self._num_blocks[row]
+            runs.append((first_table + row * max_blocks + end, [0] * (count - end)))
+        self._scatter(runs)
 
     def describe(self, plan: StepPlan, shape: StepShape) -> torch.Tensor:
         """Say on the host where a step's inputs lie, padded to a shape.
@@ -278,20 +290,19 @@ class BatchState:
         index = torch.add(positions, rows, alpha=self.tokens.shape[1])
         self.tokens.view(-1)[index] = tokens.clamp(min=0).int()
 
-    def _scatter(self, target: torch.Tensor, parts: Sequence[tuple[int, int, list[int]]]) -> None:
-        """Write runs of numbers, each given by its row and first column: one small copy for all."""
-        lengths = [len(values) for _, _, values in parts]
-        total, width = sum(lengths), target.shape[1]
-        packed = np.empty((2, total), dtype=np.int64)
-        firsts = np.array([row * width + start for row, start, _ in parts])
+    def _scatter(self, runs: Sequence[tuple[int, list[int]]]) -> None:
+        """Write runs of numbers, each given by its first place: one small copy for all."""
+        lengths = [len(values) for _, values in runs]
+        total = sum(lengths)
+        if not total:
+            return
+        packed = torch.empty(3 * total, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        words = packed.numpy()
         ends = np.cumsum(lengths)
-        packed[0] = np.arange(total) + np.repeat(firsts - (ends - lengths), lengths)
-        packed[1] = np.fromiter(chain.from_iterable(values for _, _, values in parts), np.int64, total)
-        index, values = self._to_device(packed)
-        target.view(-1)[index] = values.int()
-
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.device, non_blocking=True)
+        places = np.arange(total)
+        places += np.repeat(np.array([first for first, _ in runs]) - (ends - lengths), lengths)
+        words[: 2 * total].view(np.int64)[:] = places
+        for (_, values), end in zip(runs, ends, strict=True):
+            words[2 * total + end - len(values) : 2 * total + end] = values
+        packed = packed.to(self.device, non_blocking=True)
+        self._words.scatter_(0, packed[: 2 * total].view(torch.int64), packed[2 * total :])

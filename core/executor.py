@@ -225,9 +225,12 @@ class TorchExecutor:
         config = self._plan.config
         self._attention.allocate_cache(self._cache_spec(2))
         self._allocate_sampler(self._plan.max_model_len)
+        graphs = self._make_graphs()
+        if graphs is not None:
+            graphs.compile(self._run_largest_step)  # or what is measured would compile one by one
         return Needs(
             activations=peak_bytes(self.device, self._run_largest_step),
-            graphs=self._measure_graphs(),
+            graphs=0 if graphs is None else graphs.measure(),
             sampler=self._sampler.memory_bytes(
                 config.max_num_seqs + 1, self._plan.model.vocab_size, self.device
             ),
@@ -251,14 +254,6 @@ class TorchExecutor:
         stream = self._forward(self._state.make_batch(inputs, plan))
         if self._decoder.is_last:
             self._logits(stream[: config.max_num_seqs])
-
-    def _measure_graphs(self) -> int:
-        """Bytes that all graphs will take, by capturing the largest ones."""
-        graphs = self._make_graphs()
-        if graphs is None:
-            return 0
-        first, second = graphs.measure()
-        return first + second * (graphs.num_shapes - 2)
 
     # --- steps ---
 

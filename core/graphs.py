@@ -13,6 +13,7 @@ captured when it is first needed, for it is short.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -120,22 +121,28 @@ class StepGraphs:
                 return self._graphs[shape] if shape.num_tokens <= limit else None
         return None
 
-    def compile(self) -> None:
+    def compile(self, *others: Callable[[], None]) -> None:
         """Run shapes that between them need every kernel once, side by side.
 
         Most of the time goes to compilers, which run without the interpreter's lock.
+
+        :param others: run beside them.
         """
         shapes = [shape for shape in self._shapes if _is_telling(shape)]
+        runs = [*others, *(partial(self._try, shape) for shape in shapes)]
         with ThreadPoolExecutor(NUM_COMPILERS) as pool:
-            list(pool.map(self._try, shapes))
+            list(pool.map(self._run_on_device, runs))
         torch.cuda.synchronize(self._device)
         # Each thread had its own handle of cuBLAS, whose workspaces nobody needs any more.
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public name for it
 
+    def _run_on_device(self, run: Callable[[], None]) -> None:
+        with torch.cuda.device(self._device):  # each thread has a current one of its own
+            run()
+
     @torch.inference_mode()
     def _try(self, shape: StepShape) -> None:
-        with torch.cuda.device(self._device):  # each thread has a current one of its own
-            self._score(self._run(StepInputs(shape, self._device)))
+        self._score(self._run(StepInputs(shape, self._device)))
 
     def capture_first(self) -> None:
         """Capture those without which the engine should not start, the largest first."""
@@ -150,10 +157,10 @@ class StepGraphs:
             self._capture(self._missing.pop(0))
         return bool(self._missing)
 
-    def measure(self) -> tuple[int, int]:
-        """Capture the largest shapes, and one of them once more.
+    def measure(self) -> int:
+        """Count the bytes that all shapes will take, pool included.
 
-        :return: bytes that the first ones took, pool included, and those that each further one takes.
+        It captures the largest ones, and one of them once more: so much will each of the others take.
         """
         largest = [max(self._shapes), max(self._shapes, key=lambda shape: shape.num_rows)]
         taken = []
@@ -164,7 +171,7 @@ class StepGraphs:
                 self._capture(shape)
                 kept.append(self._graphs[shape])
             taken.append(max(0, before - self._free_bytes()))
-        return taken[0], taken[1]
+        return taken[0] + taken[1] * (self.num_shapes - len(largest))
 
     def _free_bytes(self) -> int:
         # What the allocator keeps for later would be given back by the capture itself.

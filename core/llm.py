@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ from core.request import SamplingParams
 from core.tokenizer import load_generation_defaults, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from core.config import EngineConfig
@@ -164,9 +165,8 @@ class LLM:
 
     def _run(self, ids: list[str], *, show_progress: bool) -> list[RequestOutput]:
         results: dict[str, RequestOutput] = {}
-        with _make_progress(show_progress) as progress:
-            task = progress.add_task("prompts", total=len(ids), speed=0.0)
-            num_tokens = 0
+        # A bar takes longer to make than a short prompt takes to be scheduled, even if nobody sees it.
+        with _show_progress(len(ids)) if show_progress else nullcontext(_ignore) as advance:
             while len(results) < len(ids):
                 self.engine.step()
                 while self._outputs:
@@ -175,9 +175,7 @@ class LLM:
                         self.engine.send(command)
                     for output in (request.read() for request in requests):
                         results[output.request_id] = output
-                        num_tokens += sum(len(o.token_ids) for o in output.outputs)
-                        elapsed = progress.tasks[0].elapsed or 1e-9
-                        progress.update(task, advance=1, speed=num_tokens / elapsed)
+                        advance(output)
         self.engine.step()  # lets a last stop-string command free its blocks
         return [results[request_id] for request_id in ids]
 
@@ -259,13 +257,28 @@ def _prompt_of(prompt: Any) -> Any:
     )
 
 
-def _make_progress(show: bool) -> Progress:
-    return Progress(
+def _ignore(_output: RequestOutput) -> None:
+    pass
+
+
+@contextmanager
+def _show_progress(num_prompts: int) -> Iterator[Callable[[RequestOutput], None]]:
+    """Show a bar with the tokens per second; what is yielded takes each result."""
+    num_tokens = 0
+
+    def advance(output: RequestOutput) -> None:
+        nonlocal num_tokens
+        num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        elapsed = progress.tasks[0].elapsed or 1e-9
+        progress.update(task, advance=1, speed=num_tokens / elapsed)
+
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TimeRemainingColumn(),
-        disable=not show,
         transient=True,
-    )
+    ) as progress:
+        task = progress.add_task("prompts", total=num_prompts, speed=0.0)
+        yield advance

@@ -83,6 +83,28 @@ def test_a_step_is_what_its_plan_says(plan):
     assert draws.positions.tolist() == [ends[i] for i in drawing]
 
 
+@given(st.data())
+def test_rows_keep_what_they_are_given_until_others_enter_them(data):
+    state = BatchState(NUM_ROWS, MAX_LEN, BLOCK, CPU)
+    tokens, tables = {}, {}
+    for _ in range(data.draw(st.integers(1, 6))):
+        plan = StepPlan(step=0)
+        for row in data.draw(st.sets(st.integers(0, NUM_ROWS - 1))):
+            ids = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=MAX_LEN))
+            plan.added.append(RowEntry(row, "r", ids, len(ids), SamplingParams(), 0, []))
+            tokens[row], tables[row] = ids, []
+        for row in data.draw(st.sets(st.sampled_from(sorted(tables)))) if tables else ():
+            room = MAX_LEN // BLOCK - len(tables[row])
+            new = data.draw(st.lists(st.integers(1, 99), max_size=room))
+            plan.appended.append(BlockAppend(row, len(tables[row]), new))
+            tables[row] = tables[row] + new
+        state.update(plan)
+        for row, blocks in tables.items():
+            assert state.tokens[row].tolist()[: len(tokens[row])] == tokens[row]
+            table = state.block_tables[row].tolist()
+            assert table == blocks + [0] * (len(table) - len(blocks))
+
+
 @given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 9))
 def test_all_fields_begin_where_wide_loads_may(num_tokens, num_rows, num_draws):
     """Kernels are compiled for the alignment of their arguments: another one would compile them anew."""

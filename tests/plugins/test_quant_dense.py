@@ -607,23 +607,40 @@ def test_what_was_found_is_shown(capsys, tmp_path):
     assert [entry.kind for entry in report.entries] == ["norm", "residual", "gate", "residual"]
 
 
-@pytest.mark.parametrize("num_tokens", [128, 256, 1024, 2048, 8192])
+@pytest.mark.parametrize("num_tokens", [128, 256, 448, 480, 576, 640, 768, 896, 1024, 2048, 8192])
 def test_gates_of_many_tokens_are_fused_where_tiles_fill_the_card(num_tokens):
-    assert gate.is_worth_it(num_tokens, 14336, 132)
+    assert gate.choose_schedule(num_tokens, 14336, 132)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 65, 96, 192, 320, 384, 512, 640])
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 96, 144, 192, 288, 320, 384, 512])
 def test_gates_are_left_to_the_library_where_they_were_slower(num_tokens):
-    assert not gate.is_worth_it(num_tokens, 14336, 132)
+    assert gate.choose_schedule(num_tokens, 14336, 132) is None
 
 
-def test_the_gate_for_hopper_fits_on_a_multiprocessor():
+@given(
+    num_tokens=st.integers(1, 10_000),
+    num_outputs=st.integers(1, 40_000),
+    num_sms=st.sampled_from([1, 7, 78, 132]),
+)
+def test_a_schedule_has_a_program_for_each_range_and_no_more_than_fit(num_tokens, num_outputs, num_sms):
+    schedule = gate.choose_schedule(num_tokens, num_outputs, num_sms)
+    if schedule is not None:
+        assert 1 <= schedule.num_programs <= num_sms
+        if schedule.is_shared:
+            num_blocks = -(-num_tokens // (gate.NUM_GROUPS.value * gate.ROWS.value))
+            assert schedule.num_programs % num_blocks == 0
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_gate_for_hopper_fits_on_a_multiprocessor(is_shared):
     arguments = {
         "x_boxes": boxes([gate.ROWS.value, gate.BLOCK_K.value], gate.BOXES),
         "w_boxes": boxes([gate.COLUMNS.value, gate.BLOCK_K.value], gate.BOXES),
         "out_boxes": boxes([gate.ROWS.value, gate.COLUMNS.value], gate.BOXES),
+        "partials": "*fp32",
+        "arrivals": "*i32",
         "num_tokens": "i32",
     }
-    constants = {"N": 14336, "K": 4096, "ACTIVATION": "silu", "OVERLAP": True}
+    constants = {"N": 14336, "K": 4096, "ACTIVATION": "silu", "IS_SHARED": is_shared, "OVERLAP": True}
     compiled = compile_for_hopper(gate.gate_hopper, arguments, constants)
     assert compiled.metadata.shared <= 227 << 10

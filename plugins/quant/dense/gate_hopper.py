@@ -7,11 +7,19 @@ A program stays on its multiprocessor and takes one tile after the other.  One o
 columns of x and the weight into a ring of buffers in shared memory, by the tensor memory accelerator; two groups
 of four warps multiply, each 64 tokens (warp specialization as in CUTLASS).  At 8192 tokens a card is at the limit
 of its power, and fewer bytes on their way make it faster than more arithmetic would.
+
+Where the tiles of few tokens would not fill the last round, programs share them: the steps of all tiles over the
+same tokens are cut into ranges of equal length, which may end within a tile (Stream-K, Osama et al., 2023).
+Whoever has the beginning of a tile adds what others leave in a workspace; they come to it first and he comes
+to it last, so that he hardly ever waits.  Programs of one range have the same piece of the weight at the same
+time, each for other tokens, and it is read from memory once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import functools
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import triton
 from triton.experimental import gluon
@@ -31,6 +39,8 @@ from plugins.quant.dense.kernels import activate
 if TYPE_CHECKING:
     import torch
 
+    from plugins.quant.dense.launch import Weights, Workspace
+
 ROWS = gl.constexpr(64)
 """Tokens of a group of warps."""
 NUM_GROUPS = gl.constexpr(2)
@@ -39,12 +49,18 @@ COLUMNS = gl.constexpr(128)
 BLOCK_K = gl.constexpr(64)
 """Inputs of a stage: 128 bytes are the width of the swizzle."""
 NUM_STAGES = gl.constexpr(4)
-TILES_TOGETHER = gl.constexpr(12)
+TILES_TOGETHER = gl.constexpr(16)
 """Tiles of tokens that share a piece of the weight while it is in the L2 cache."""
-FEW_TOKENS: Final = 256
-MIN_EFFICIENCY: Final = (0.8, 0.9)
-"""Share of the time in which multiprocessors have something to do, at least, for few tokens and for more:
-below, the library with a kernel behind it was faster on an H200 (at 192, 320, 384, 512 and 640 tokens)."""
+SHARING_ROUNDS: Final = 0.25
+"""What it takes to leave sums and to add them, in times of a tile."""
+MIN_EFFICIENCY: Final = 0.8
+"""Share of the time in which multiprocessors have something to do, at least: below, the library with a
+kernel behind it is faster on an H200."""
+FILLED_BY_LIBRARY: Final = (384, 512)
+"""Tokens of which the library's tiles leave no multiprocessor idle: there it is as fast, and faster while the
+card is cool."""
+COMPILING: Final = Lock()
+"""Or threads would compile the same kernels at the same time."""
 BOXES: Final = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
@@ -53,10 +69,13 @@ def gate_hopper(
     x_boxes: tma.tensor_descriptor,  # of x [M, K], in boxes [ROWS, BLOCK_K]
     w_boxes: tma.tensor_descriptor,  # of the weight [2 N, K], in boxes [COLUMNS, BLOCK_K]
     out_boxes: tma.tensor_descriptor,  # of [M, N], in boxes [ROWS, COLUMNS]
+    partials: gl.tensor,  # [programs, NUM_GROUPS, ROWS, 2 · COLUMNS] float32, workspace
+    arrivals: gl.tensor,  # [programs, NUM_GROUPS] int32, zero before and after
     num_tokens: gl.tensor,
     N: gl.constexpr,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    IS_SHARED: gl.constexpr,
     OVERLAP: gl.constexpr,
 ) -> None:
     """Compute tiles of [NUM_GROUPS · ROWS, COLUMNS] until none is left."""
@@ -73,23 +92,81 @@ def gate_hopper(
     num_blocks = gl.cdiv(num_tokens, NUM_GROUPS * ROWS)
     gl.warp_specialize(
         [
-            (multiply, (x_ring, w_ring, results, out_boxes, full, free, num_blocks, N, K, ACTIVATION, OVERLAP, 0)),
-            (multiply, (x_ring, w_ring, results, out_boxes, full, free, num_blocks, N, K, ACTIVATION, OVERLAP, 1)),
-            (copy_tiles, (x_boxes, w_boxes, x_ring, w_ring, full, free, num_blocks, N, K, OVERLAP)),
+            (
+                multiply,
+                (
+                    x_ring, w_ring, results, out_boxes, partials, arrivals, full, free,
+                    num_blocks, N, K, ACTIVATION, IS_SHARED, OVERLAP, 0,
+                ),
+            ),
+            (
+                multiply,
+                (
+                    x_ring, w_ring, results, out_boxes, partials, arrivals, full, free,
+                    num_blocks, N, K, ACTIVATION, IS_SHARED, OVERLAP, 1,
+                ),
+            ),
+            (
+                copy_tiles,
+                (x_boxes, w_boxes, x_ring, w_ring, full, free, num_blocks, N, K, IS_SHARED, OVERLAP),
+            ),
         ],
         [4, 1],
         [232, 24],
     )  # fmt: skip
 
 
+# --- who does what ---------------------------------------------------------------------------------
+
+
 @gluon.jit
-def locate(tile: gl.tensor, num_blocks: gl.tensor, N: gl.constexpr) -> gl.tuple:
-    """Find a tile's block of tokens, and its block of columns: down TILES_TOGETHER, then to the right."""
-    NUM_COLUMNS: gl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    first = tile // (TILES_TOGETHER * NUM_COLUMNS) * TILES_TOGETHER
-    together = gl.minimum(num_blocks - first, TILES_TOGETHER)
+def find_range(
+    place: gl.tensor, num_blocks: gl.tensor, NUM_COLUMNS: gl.constexpr, NUM_STEPS: gl.constexpr
+) -> gl.tuple:
+    """Return the first step of a range and its last + 1, counted from column to column of tiles."""
+    num_ranges = gl.num_programs(0) // num_blocks
+    steps = NUM_COLUMNS * NUM_STEPS
+    return place * steps // num_ranges, (place + 1) * steps // num_ranges
+
+
+@gluon.jit
+def count_segments(
+    num_blocks: gl.tensor, NUM_COLUMNS: gl.constexpr, NUM_STEPS: gl.constexpr, IS_SHARED: gl.constexpr
+) -> gl.tensor:
+    """Count the tiles of which a program has something to do."""
+    program = gl.program_id(0)
+    if IS_SHARED:
+        first, end = find_range(program // num_blocks, num_blocks, NUM_COLUMNS, NUM_STEPS)
+        return gl.cdiv(end, NUM_STEPS) - first // NUM_STEPS
+    return gl.cdiv(num_blocks * NUM_COLUMNS - program, gl.num_programs(0))
+
+
+@gluon.jit
+def locate(
+    segment: gl.tensor,
+    num_blocks: gl.tensor,
+    NUM_COLUMNS: gl.constexpr,
+    NUM_STEPS: gl.constexpr,
+    IS_SHARED: gl.constexpr,
+) -> gl.tuple:
+    """Find a tile's block of tokens and its column, and of its steps the first and the last + 1.
+
+    Tiles that are not shared go down TILES_TOGETHER, then to the right.
+    """
+    program = gl.program_id(0)
+    if IS_SHARED:
+        first, end = find_range(program // num_blocks, num_blocks, NUM_COLUMNS, NUM_STEPS)
+        column = first // NUM_STEPS + segment
+        begin = gl.maximum(first - column * NUM_STEPS, 0)
+        return program % num_blocks, column, begin, gl.minimum(end - column * NUM_STEPS, NUM_STEPS)
+    tile = program + segment * gl.num_programs(0)
+    top = tile // (TILES_TOGETHER * NUM_COLUMNS) * TILES_TOGETHER
+    together = gl.minimum(num_blocks - top, TILES_TOGETHER)
     inner = tile % (TILES_TOGETHER * NUM_COLUMNS)
-    return first + inner % together, inner // together
+    return top + inner % together, inner // together, 0, NUM_STEPS
+
+
+# --- producer --------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -103,17 +180,19 @@ def copy_tiles(
     num_blocks: gl.tensor,
     N: gl.constexpr,
     K: gl.constexpr,
+    IS_SHARED: gl.constexpr,
     OVERLAP: gl.constexpr,
 ) -> None:
     """Copy what the tiles need, each stage as soon as it is free."""
     NUM_COLUMNS: gl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    NUM_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     STAGE_BYTES: gl.constexpr = (NUM_GROUPS * ROWS + 2 * COLUMNS) * BLOCK_K * 2
     if OVERLAP:
         gdc_wait()
     count = 0
-    for tile in range(gl.program_id(0), num_blocks * NUM_COLUMNS, gl.num_programs(0)):
-        block, column = locate(tile, num_blocks, N)
-        for k in range(0, K, BLOCK_K):
+    for segment in range(count_segments(num_blocks, NUM_COLUMNS, NUM_STEPS, IS_SHARED)):
+        block, column, begin, stop = locate(segment, num_blocks, NUM_COLUMNS, NUM_STEPS, IS_SHARED)
+        for k in range(begin * BLOCK_K, stop * BLOCK_K, BLOCK_K):
             stage = count % NUM_STAGES
             barrier = full.index(stage)
             mbarrier.wait(free.index(stage), count // NUM_STAGES & 1 ^ 1)
@@ -132,86 +211,207 @@ def copy_tiles(
             count += 1
 
 
+# --- consumers -------------------------------------------------------------------------------------
+
+
 @gluon.jit
 def multiply(
     x_ring: gl.shared_memory_descriptor,
     w_ring: gl.shared_memory_descriptor,
     results: gl.shared_memory_descriptor,
     out_boxes: tma.tensor_descriptor,
+    partials: gl.tensor,
+    arrivals: gl.tensor,
     full: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
     num_blocks: gl.tensor,
     N: gl.constexpr,
     K: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    IS_SHARED: gl.constexpr,
     OVERLAP: gl.constexpr,
     GROUP: gl.constexpr,
 ) -> None:
     """Multiply the tokens of one group of warps, tile by tile."""
     NUM_COLUMNS: gl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    NUM_STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * COLUMNS, 16])
     result = results.index(GROUP)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     count = 0
-    for tile in range(gl.program_id(0), num_blocks * NUM_COLUMNS, gl.num_programs(0)):
-        block, column = locate(tile, num_blocks, N)
+    for segment in range(count_segments(num_blocks, NUM_COLUMNS, NUM_STEPS, IS_SHARED)):
+        block, column, begin, stop = locate(segment, num_blocks, NUM_COLUMNS, NUM_STEPS, IS_SHARED)
         sums = gl.zeros([ROWS, 2 * COLUMNS], gl.float32, layout)
-        for k in range(0, K, BLOCK_K):
+        for step in range(begin, stop):
             stage = count % NUM_STAGES
             mbarrier.wait(full.index(stage), count // NUM_STAGES & 1)
             tokens, weights = x_ring.index(stage * NUM_GROUPS + GROUP), w_ring.index(stage)
             sums = warpgroup_mma(tokens, weights.permute((1, 0)), sums, is_async=True)
             # All products but the last are complete: what they read may be overwritten.
             sums = warpgroup_mma_wait(1, deps=(sums,))
-            mbarrier.arrive(free.index((count + NUM_STAGES - 1) % NUM_STAGES), pred=k > 0)
+            mbarrier.arrive(free.index((count + NUM_STAGES - 1) % NUM_STAGES), pred=step > begin)
             count += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index((count + NUM_STAGES - 1) % NUM_STAGES))
-        gate, up = sums.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
-        tma.store_wait(0)
-        result.store((activate(gate, ACTIVATION) * up).to(result.dtype))
-        fence_async_shared()
-        row = (block * NUM_GROUPS + GROUP) * ROWS
-        tma.async_copy_shared_to_global(out_boxes, [row, column * COLUMNS], result)
+        if IS_SHARED and begin > 0:
+            leave(sums, partials, arrivals, GROUP)
+        else:
+            if IS_SHARED and stop < NUM_STEPS:
+                sums = add_others(
+                    sums, partials, arrivals, column, stop, num_blocks, NUM_COLUMNS, NUM_STEPS, GROUP
+                )
+            gate, up = sums.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
+            tma.store_wait(0)
+            result.store((activate(gate, ACTIVATION) * up).to(result.dtype))
+            fence_async_shared()
+            row = (block * NUM_GROUPS + GROUP) * ROWS
+            tma.async_copy_shared_to_global(out_boxes, [row, column * COLUMNS], result)
     tma.store_wait(0)
 
 
-def is_worth_it(num_tokens: int, num_outputs: int, num_sms: int) -> bool:
-    """Whether tiles of these sizes keep the multiprocessors busy enough."""
+# --- tiles of several programs ---------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def in_order() -> gl.BlockedLayout:
+    """Tell where a thread's sums lie: four in a row, which are those of two rows and two columns."""
+    return gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+
+
+@gluon.jit
+def find_places(program: gl.tensor, GROUP: gl.constexpr) -> gl.tensor:
+    """Tell where in the workspace the sums of a program's group lie: [COLUMNS / 4, 512]."""
+    line = gl.arange(0, COLUMNS // 4, gl.SliceLayout(1, in_order()))[:, None]
+    number = gl.arange(0, 512, gl.SliceLayout(0, in_order()))[None, :]
+    return (program * NUM_GROUPS + GROUP) * (ROWS * 2 * COLUMNS) + line * 512 + number
+
+
+@gluon.jit
+def leave(sums: gl.tensor, partials: gl.tensor, arrivals: gl.tensor, GROUP: gl.constexpr) -> None:
+    """Leave sums to whoever has the beginning of the tile, each thread for the same one of his."""
+    program = gl.program_id(0)
+    values = sums.reshape([4, 2, 8, COLUMNS // 4, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    values = gl.convert_layout(values.reshape([COLUMNS // 4, 512]), in_order(), assert_trivial=True)
+    gl.store(partials + find_places(program, GROUP), values, cache_modifier=".cg")
+    gl.thread_barrier()  # all threads' stores come before the arrival is announced
+    gl.atomic_add(arrivals + program * NUM_GROUPS + GROUP, 1, sem="release")
+
+
+@gluon.jit
+def add_others(
+    sums: gl.tensor,
+    partials: gl.tensor,
+    arrivals: gl.tensor,
+    column: gl.tensor,
+    stop: gl.tensor,
+    num_blocks: gl.tensor,
+    NUM_COLUMNS: gl.constexpr,
+    NUM_STEPS: gl.constexpr,
+    GROUP: gl.constexpr,
+) -> gl.tensor:
+    """Add what the programs of the next ranges have of this tile, in their order."""
+    layout: gl.constexpr = sums.type.layout
+    program = gl.program_id(0)
+    while stop < NUM_STEPS:
+        program += num_blocks
+        arrival = arrivals + program * NUM_GROUPS + GROUP
+        arrived = gl.atomic_add(arrival, 0, sem="acquire")
+        while arrived == 0:
+            arrived = gl.atomic_add(arrival, 0, sem="acquire")
+        values = gl.load(partials + find_places(program, GROUP), cache_modifier=".cg")
+        values = values.reshape([COLUMNS // 4, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
+        values = values.reshape([ROWS, 2 * COLUMNS])
+        sums += gl.convert_layout(values, layout, assert_trivial=True)
+        gl.thread_barrier()  # all threads have seen the arrival
+        gl.store(arrival, 0)
+        _, end = find_range(program // num_blocks, num_blocks, NUM_COLUMNS, NUM_STEPS)
+        stop = end - column * NUM_STEPS
+    return sums
+
+
+# --- launch ----------------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """Who computes which tiles."""
+
+    num_programs: int
+    is_shared: bool
+    num_rounds: float
+    """What it takes, in times of a tile."""
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_schedule(num_tokens: int, num_outputs: int, num_sms: int) -> Schedule | None:
+    """Choose the faster schedule; None if the library is faster than both."""
+    if num_tokens in FILLED_BY_LIBRARY:
+        return None
     tile_tokens = NUM_GROUPS.value * ROWS.value
-    num_columns = -(-num_outputs // COLUMNS.value)
-    num_rounds = -(-num_columns * -(-num_tokens // tile_tokens) // num_sms)
-    efficiency = num_tokens * num_columns / (num_rounds * num_sms * tile_tokens)
-    return bool(efficiency >= MIN_EFFICIENCY[num_tokens > FEW_TOKENS])
+    num_blocks = triton.cdiv(num_tokens, tile_tokens)
+    num_columns = triton.cdiv(num_outputs, COLUMNS.value)
+    num_tiles = num_blocks * num_columns
+    schedules = [Schedule(min(num_sms, num_tiles), False, triton.cdiv(num_tiles, num_sms))]
+    if num_ranges := num_sms // num_blocks:
+        num_rounds = num_columns / num_ranges + SHARING_ROUNDS
+        schedules.append(Schedule(num_ranges * num_blocks, True, num_rounds))
+    best = min(schedules, key=lambda schedule: schedule.num_rounds)
+    efficiency = num_tokens * num_columns / (best.num_rounds * num_sms * tile_tokens)
+    return best if efficiency >= MIN_EFFICIENCY else None
 
 
-def launch_gate(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    activation: str,
-    *,
-    num_sms: int,
-    overlap: bool,
-) -> None:
-    """Compute activation(gate) · up.
+class Gate:
+    """activation(gate) · up by one weight, for any number of tokens that is worth it.
 
-    :param x: [M, K] of two bytes a number, rows 16 bytes aligned; K a multiple of 8.
-    :param weight: [2 N, K], contiguous.
-    :param out: [M, N], contiguous; N a multiple of 8.
+    Both schedules are compiled now, so that no number of tokens will have to wait for a compiler.
+
+    :param layer: its weight is [2 N, K] of two bytes a number, contiguous; N and K multiples of 8.
+    :param workspace: with room for a tile of each multiprocessor.
+    :param overlap: whether the kernel may start while the one in front of it still runs.
     """
-    num_tokens, size = out.shape
-    tile_tokens = NUM_GROUPS.value * ROWS.value
-    num_tiles = triton.cdiv(num_tokens, tile_tokens) * triton.cdiv(size, COLUMNS.value)
-    gate_hopper[(min(num_sms, num_tiles),)](
-        _describe(x, ROWS.value, BLOCK_K.value),
-        _describe(weight, COLUMNS.value, BLOCK_K.value),
-        _describe(out, ROWS.value, COLUMNS.value),
-        num_tokens, size, x.shape[1], activation, overlap,
-        num_warps=4, launch_pdl=overlap,
-    )  # fmt: skip
+
+    def __init__(
+        self, layer: Weights, activation: str, workspace: Workspace, num_sms: int, *, overlap: bool
+    ) -> None:
+        self._layer = layer
+        self._activation = activation
+        self._workspace = workspace
+        self._num_sms = num_sms
+        self._overlap = overlap
+        rows, num_inputs = layer.weight.shape
+        x, out = layer.weight.new_empty((1, num_inputs)), layer.weight.new_empty((1, rows // 2))
+        with COMPILING:
+            for is_shared in (False, True):
+                arguments = self._arguments(x, out, is_shared=is_shared)
+                gate_hopper.warmup(*arguments, grid=(1,), **self._options)
+
+    def schedule_for(self, num_tokens: int) -> Schedule | None:
+        """Choose how to compute it for a number of tokens; None: the library is faster."""
+        return choose_schedule(num_tokens, self._layer.weight.shape[0] // 2, self._num_sms)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, schedule: Schedule) -> None:
+        """Compute.
+
+        :param x: [M, K], rows 16 bytes aligned.
+        :param out: [M, N], contiguous.
+        """
+        arguments = self._arguments(x, out, is_shared=schedule.is_shared)
+        gate_hopper[(schedule.num_programs,)](*arguments, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": 4, "launch_pdl": self._overlap}
+
+    def _arguments(self, x: torch.Tensor, out: torch.Tensor, *, is_shared: bool) -> tuple[Any, ...]:
+        num_tokens, num_outputs = out.shape
+        return (
+            _describe(x, ROWS.value, BLOCK_K.value),
+            _describe(self._layer.weight, COLUMNS.value, BLOCK_K.value),
+            _describe(out, ROWS.value, COLUMNS.value),
+            *self._workspace,
+            num_tokens, num_outputs, x.shape[1], self._activation, is_shared, self._overlap,
+        )  # fmt: skip
 
 
 def _describe(matrix: torch.Tensor, num_rows: int, num_columns: int) -> TensorDescriptor:

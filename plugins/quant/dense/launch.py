@@ -14,6 +14,7 @@ from plugins.quant.dense.kernels import gate_kernel, linear_kernel, norm_kernel,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from plugins.quant.dense.gate_hopper import Gate
     from plugins.quant.dense.operation import KernelConfig, Operation
 
     Launch = Callable[
@@ -63,7 +64,7 @@ def make_launch(
     :param warm_up: launches compile the kernel, and do not run it.
     """
     if config.kernel == "library":
-        return _make_library(op, config, layer)
+        return _make_library(op, config, layer, workspace)
     make = _make_vector if config.kernel == "vector" else _make_tile
     launch = make(op, config, num_tokens, layer, workspace, warm_up=warm_up)
     return launch if config.fuse_norm or not op.norm else _after_norm(op, config, launch)
@@ -182,12 +183,12 @@ def _after_norm(op: Operation, config: KernelConfig, launch: Launch) -> Launch:
     return launch_both
 
 
-def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch:
+def _make_library(op: Operation, config: KernelConfig, layer: Weights, workspace: Workspace) -> Launch:
     """Make a launch of the library's product, with what surrounds it in kernels of their own."""
     overlap = config.overlap != ""
     normalize = make_norm(op.num_inputs, op.norm, overlap=overlap) if op.norm else None
     gate = make_gate(op.num_outputs, op.activation, overlap=overlap) if op.activation else None
-    fused_gate = _make_fused_gate(op, layer, overlap=overlap) if op.activation else None
+    fused_gate = _make_fused_gate(op, layer, workspace, overlap=overlap) if op.activation else None
 
     def multiply(x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
         transposed, bias = layer.weight.t(), layer.bias
@@ -212,7 +213,9 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch
         if gate is None:
             multiply(x, out, residual)
             return
-        if fused_gate is not None and fused_gate(x, out):
+        schedule = None if fused_gate is None else fused_gate.schedule_for(x.shape[0])
+        if fused_gate is not None and schedule is not None:
+            fused_gate(x, out, schedule)
             return
         both = torch.empty((x.shape[0], op.num_rows), dtype=x.dtype, device=x.device)
         multiply(x, both, None)
@@ -222,9 +225,9 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights) -> Launch
 
 
 def _make_fused_gate(
-    op: Operation, layer: Weights, *, overlap: bool
-) -> Callable[[torch.Tensor, torch.Tensor], bool] | None:
-    """Make what computes product and gate at once, if it is worth it; None if there is no kernel."""
+    op: Operation, layer: Weights, workspace: Workspace, *, overlap: bool
+) -> Gate | None:
+    """Make what computes product and gate at once; None if there is no kernel."""
     weight = layer.weight
     is_hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device) == (9, 0)
     sizes = (op.num_inputs, op.num_outputs)
@@ -232,17 +235,10 @@ def _make_fused_gate(
     if not is_hopper or weight.element_size() != 2 or op.bias or not is_aligned:
         return None
     # Other cards have no use for Gluon.
-    from plugins.quant.dense.gate_hopper import is_worth_it, launch_gate  # noqa: PLC0415
+    from plugins.quant.dense.gate_hopper import Gate  # noqa: PLC0415
 
     num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
-
-    def gate(x: torch.Tensor, out: torch.Tensor) -> bool:
-        if not is_worth_it(x.shape[0], op.num_outputs, num_sms):
-            return False
-        launch_gate(x, layer.weight, out, op.activation, num_sms=num_sms, overlap=overlap)
-        return True
-
-    return gate
+    return Gate(layer, op.activation, workspace, num_sms, overlap=overlap)
 
 
 def make_norm(
