@@ -14,13 +14,14 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from core.assemble import build_engine, resolve
 from core.bench.ceilings import measure_ceilings
 from core.bench.offline import adapt_to_batch
+from core.bench.power import PowerMeter
 from core.bench.step_profile import Group, StepProfile
 from core.bench.step_work import Work, attention_work, count_prefill_steps, linear_work
 from core.bench.trace import KernelTotal, add_up, read_spans
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from core.bench.ceilings import Ceilings
+    from core.bench.power import Power
     from core.config import EngineConfig
     from core.engine import EngineCore
     from core.messages import OutputBatch
@@ -109,6 +111,16 @@ def measure(
     return ceilings, profiles
 
 
+class Measured(NamedTuple):
+    """What was measured of some steps."""
+
+    wall_us: float
+    """Per step."""
+    kernels: list[KernelTotal]
+    """Of all profiled steps."""
+    power: Power | None
+
+
 class _Outputs:
     """Receives what an engine gives, and counts the tokens of each request."""
 
@@ -157,7 +169,7 @@ class _StepBench:
             self._step()
         for _ in range(NUM_WARM_STEPS):
             self._step()
-        wall, kernels = self._time_and_profile(f"decode-{batch_size}", self._step)
+        measured = self._time_and_profile(f"decode-{batch_size}", self._step)
         back = options.num_steps // 2  # to the middle of the steps that were profiled
         lengths = [options.context_len + self._outputs.num_tokens[name] - back for name in ids]
         for request_id in ids:
@@ -165,9 +177,8 @@ class _StepBench:
         self._drain()
         linear = linear_work(self._plan, batch_size, batch_size)
         attention = attention_work(self._plan, [(length, 1) for length in lengths])
-        groups = make_groups(options, kernels, options.num_steps, linear, attention)
         what = f"decode, batch {batch_size}, mean context {sum(lengths) / batch_size:.0f}"
-        return StepProfile(what, options.num_steps, wall, kernels, groups)
+        return self._make_profile(what, measured, linear, attention)
 
     def profile_prefill(self) -> StepProfile:
         options, budget = self._options, self._plan.config.max_num_batched_tokens
@@ -179,12 +190,18 @@ class _StepBench:
 
         for _ in range(3):
             run()
-        wall, kernels = self._time_and_profile(f"prefill-{length}", run)
+        measured = self._time_and_profile(f"prefill-{length}", run)
         linear = linear_work(self._plan, length, 1)
         attention = attention_work(self._plan, [(0, length)])
-        groups = make_groups(options, kernels, options.num_steps, linear, attention)
         what = f"prefill, 1 prompt of {length} tokens"
-        return StepProfile(what, options.num_steps, wall, kernels, groups)
+        return self._make_profile(what, measured, linear, attention)
+
+    def _make_profile(
+        self, what: str, measured: Measured, linear: Work, attention: Work
+    ) -> StepProfile:
+        num_steps = self._options.num_steps
+        groups = make_groups(self._options, measured.kernels, num_steps, linear, attention)
+        return StepProfile(what, num_steps, measured.wall_us, measured.kernels, groups, measured.power)
 
     def _check_fit(self, batch_size: int, length: int) -> None:
         """Raise unless the cache holds a whole batch, or requests would have to wait for one another.
@@ -204,18 +221,16 @@ class _StepBench:
                 f"tokens, but it has {limits.max_kv_tokens}; lower --batch-size or --context-len"
             )
 
-    def _time_and_profile(self, what: str, run: Any) -> tuple[float, list[KernelTotal]]:
-        """Run steps twice: once by the clock, since profiling slows the host, and once profiled.
-
-        :return: µs per step, and the kernels of all profiled steps.
-        """
+    def _time_and_profile(self, what: str, run: Any) -> Measured:
+        """Run steps twice: once by the clock, since profiling slows the host, and once profiled."""
         num_steps = self._options.num_steps
         torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(num_steps):
-            run()
-        torch.cuda.synchronize()
-        wall = (time.perf_counter() - begin) / num_steps * 1e6
+        with PowerMeter(torch.device(self._plan.device)) as meter:
+            begin = time.perf_counter()
+            for _ in range(num_steps):
+                run()
+            torch.cuda.synchronize()
+            wall = (time.perf_counter() - begin) / num_steps * 1e6
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             for _ in range(num_steps):
                 run()
@@ -226,7 +241,7 @@ class _StepBench:
             raise CytheraError(
                 "the profiler has seen no kernel; another one may hold the counters (CUPTI)"
             )
-        return wall, kernels
+        return Measured(wall, kernels, meter.power)
 
     def _export(self, profiler: torch.profiler.profile, what: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as own:

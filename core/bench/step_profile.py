@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from core.bench.ceilings import Ceilings
+    from core.bench.power import Power
     from core.bench.step_work import Work
 
 MAX_ROWS: Final = 24
@@ -55,6 +56,8 @@ class StepProfile:
     kernels: list[KernelTotal]
     """Of all profiled steps together, the longest first."""
     groups: list[Group] = field(default_factory=list)
+    power: Power | None = None
+    """Of the steps that were run without the profiler, if the card tells."""
 
     @property
     def busy_us(self) -> float:
@@ -74,6 +77,7 @@ class StepProfile:
             "wall_us": self.wall_us,
             "busy_us": self.busy_us,
             "idle_us": self.idle_us,
+            "power": None if self.power is None else self.power.to_dict(),
             "groups": [group.to_dict(ceilings) for group in self.groups],
             "kernels": [
                 {
@@ -100,6 +104,8 @@ def _lines(ceilings: Ceilings, profiles: Sequence[StepProfile]) -> Iterator[str]
     for profile in profiles:
         yield ""
         yield f"{profile.what}: {profile.wall_us:.1f} µs a step, mean of {profile.num_steps}"
+        if profile.power is not None:
+            yield f"  {profile.power}"
         yield f"  {'kernel':<56} {'per step':>9} {'µs':>9} {'share':>6}"
         for kernel in profile.kernels[:MAX_ROWS]:
             microseconds = kernel.microseconds / profile.num_steps

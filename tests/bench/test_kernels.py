@@ -16,6 +16,7 @@ from core.bench.ceilings import Ceilings
 from core.bench.kernels import KernelOptions, make_groups
 from core.bench.null_executor import NAME
 from core.bench.offline import adapt_to_batch
+from core.bench.power import Power
 from core.bench.step_profile import Group, StepProfile
 from core.bench.step_work import Work, attention_work, count_prefill_steps, linear_work
 from core.bench.trace import KernelTotal
@@ -163,6 +164,13 @@ def test_the_report_adds_up():
     assert json.loads(json.dumps(plain))["steps"][0]["kernels"][0]["us_per_step"] == 200.0
 
 
+def test_a_step_says_what_it_drew():
+    power = Power(690.0, 700.0, 1500.0, 1980.0)
+    profile = StepProfile("x", 20, 50.0, KERNELS, power=power)
+    assert step_profile.report(CEILINGS, [profile]).splitlines()[3] == f"  {power}"
+    assert profile.to_dict(CEILINGS)["power"]["watts"] == 690.0
+
+
 def test_the_rest_of_a_long_table_is_one_line():
     many = [total(f"kernel{i}", 20.0) for i in range(step_profile.MAX_ROWS + 5)]
     report = step_profile.report(CEILINGS, [StepProfile("x", 20, 50.0, many)])
@@ -200,7 +208,7 @@ def record_steps(bench, submitted, monkeypatch):
         for _ in range(2 * 4 + 2):  # twice num_steps, and what a second step in flight adds
             run()
         seen.extend(submitted)
-        return 10.0, [total("linear", 20.0)]
+        return kernels.Measured(10.0, [total("linear", 20.0)], None)
 
     monkeypatch.setattr(bench, "_time_and_profile", time_and_profile)
     return seen
