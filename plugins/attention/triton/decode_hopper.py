@@ -127,6 +127,35 @@ def decode_hopper(
     )  # fmt: skip
 
 
+# --- where a program's work lies -------------------------------------------------------------------
+
+
+@gluon.jit
+def find_chunk(
+    plan: gl.tensor,
+    num_rows: gl.tensor,
+    G: gl.constexpr,
+    NUM_CTAS: gl.constexpr,
+    MIN_TILES: gl.constexpr,
+) -> gl.tuple:
+    """Return the first row of this program's chunk, the size of chunks, and its first and last + 1 unit."""
+    cta = gl.program_id(0)
+    row = gl.load(plan + num_rows + 1 + cta)
+    total = gl.load(plan + num_rows) * G
+    chunk = gl.maximum(gl.cdiv(total, NUM_CTAS), MIN_TILES)
+    return row, chunk, cta * chunk, gl.minimum(cta * chunk + chunk, total)
+
+
+@gluon.jit
+def find_row(plan: gl.tensor, row: gl.tensor, unit: gl.tensor, G: gl.constexpr) -> gl.tuple:
+    """Return the row, from this one on, that holds a unit, with its first and last + 1 tile of one head."""
+    row_end = gl.load(plan + row + 1)
+    while row_end * G <= unit:
+        row += 1
+        row_end = gl.load(plan + row + 1)
+    return row, gl.load(plan + row), row_end
+
+
 # --- producer --------------------------------------------------------------------------------------
 
 
@@ -164,20 +193,11 @@ def load_chunk(
         gdc_wait()
     TILES_OF_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     TILE_BYTES: gl.constexpr = 2 * BLOCK_N * D * 2
-    cta = gl.program_id(0)
-    row = gl.load(plan + num_rows + 1 + cta)
-    total = gl.load(plan + num_rows) * G
-    chunk = gl.maximum(gl.cdiv(total, NUM_CTAS), MIN_TILES)
-    unit = cta * chunk
-    chunk_end = gl.minimum(unit + chunk, total)
+    row, chunk, unit, chunk_end = find_chunk(plan, num_rows, G, NUM_CTAS, MIN_TILES)
     stage = 0
     phase = 1  # a barrier in its first phase takes the one before for completed
     while unit < chunk_end:
-        row_end = gl.load(plan + row + 1)
-        while row_end * G <= unit:
-            row += 1
-            row_end = gl.load(plan + row + 1)
-        row_start = gl.load(plan + row)
+        row, row_start, row_end = find_row(plan, row, unit, G)
         num_tiles = row_end - row_start
         seq_len = gl.load(seq_lens + row)
         table = tables + row.to(gl.int64) * table_stride
@@ -278,20 +298,12 @@ def attend_chunk(
     score_scale = scale * LOG2_E
 
     cta = gl.program_id(0)
-    row = gl.load(plan + num_rows + 1 + cta)
-    total = gl.load(plan + num_rows) * G
-    chunk = gl.maximum(gl.cdiv(total, NUM_CTAS), MIN_TILES)
-    chunk_start = cta * chunk
-    chunk_end = gl.minimum(chunk_start + chunk, total)
+    row, chunk, chunk_start, chunk_end = find_chunk(plan, num_rows, G, NUM_CTAS, MIN_TILES)
     unit = chunk_start
     stage = 0
     phase = 0
     while unit < chunk_end:
-        row_end = gl.load(plan + row + 1)
-        while row_end * G <= unit:
-            row += 1
-            row_end = gl.load(plan + row + 1)
-        row_start = gl.load(plan + row)
+        row, row_start, row_end = find_row(plan, row, unit, G)
         seq_len = gl.load(seq_lens + row)
         token = gl.load(query_starts + row).to(gl.int64)
         num_tiles = row_end - row_start
