@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import torch
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 INTERVAL_SECONDS: Final = 0.01
 MILLI: Final = 1e-3
@@ -58,12 +55,7 @@ class PowerMeter:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
 
