@@ -32,7 +32,7 @@ MAX_PADDING: Final = 1.2
 MAX_ROWS: Final = 1024
 NUM_COMPILERS: Final = 8
 MAX_TELLING: Final = 64
-"""Kernels of their own exist for sizes up to this; beyond, any shape of a kind stands for all."""
+"""Kernels of their own exist for as many rows that decode; beyond, one size stands for all."""
 PROMPT_TOKENS: Final = (*range(64, 513, 64), *range(640, 1025, 128))
 PROMPT_ROWS: Final = (8, 128)
 
@@ -128,8 +128,7 @@ class StepGraphs:
 
         :param others: run beside them.
         """
-        shapes = [shape for shape in self._shapes if _is_telling(shape)]
-        runs = [*others, *(partial(self._try, shape) for shape in shapes)]
+        runs = [*others, *(partial(self._try, shape) for shape in telling_shapes(self._shapes))]
         with ThreadPoolExecutor(NUM_COMPILERS) as pool:
             list(pool.map(self._run_on_device, runs))
         torch.cuda.synchronize(self._device)
@@ -218,10 +217,18 @@ class StepGraphs:
         graph.draws[key] = (drawing, tokens)
 
 
-def _is_telling(shape: StepShape) -> bool:
-    """Whether a shape is among those that between them need every kernel."""
-    is_power = shape.num_tokens & (shape.num_tokens - 1) == 0
-    return is_power and (shape.num_tokens <= 2 * MAX_TELLING or not shape.is_decode)
+def telling_shapes(shapes: Sequence[StepShape]) -> list[StepShape]:
+    """List shapes that between them need every kernel, those in which all rows decode first.
+
+    Prompts come last, when what they have in common with the others is compiled; how many rows they
+    have tells nothing.
+    """
+    powers = [shape for shape in shapes if shape.num_tokens & (shape.num_tokens - 1) == 0]
+    decodes = [shape for shape in powers if shape.is_decode and shape.num_tokens <= 2 * MAX_TELLING]
+    prompts: dict[int, StepShape] = {}
+    for shape in sorted(shape for shape in powers if not shape.is_decode):
+        prompts.setdefault(shape.num_tokens, shape)
+    return [*decodes, *prompts.values()]
 
 
 def can_hold(shape: StepShape, needed: StepShape) -> bool:

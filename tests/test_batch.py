@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.batch import BatchState, StepInputs, StepShape
-from core.graphs import NUM_BEFORE_READY, can_hold, decode_shapes, in_order_of_need, prompt_shapes
+from core.graphs import (
+    NUM_BEFORE_READY,
+    can_hold,
+    decode_shapes,
+    in_order_of_need,
+    prompt_shapes,
+    telling_shapes,
+)
 from core.request import SamplingParams
 from core.step import BlockAppend, RowEntry, StepPlan
 
@@ -196,3 +203,12 @@ def test_a_step_fits_into_a_shape_of_its_kind_that_is_large_enough():
     assert not can_hold(StepShape(64, 8, 8), StepShape(60, 9, 2))
     assert not can_hold(StepShape(64, 8, 8), StepShape(5, 5, 5))  # decodes have their own
     assert not can_hold(StepShape(8, 8, 8), StepShape(6, 3, 3))
+
+
+def test_shapes_that_need_every_kernel_are_few_and_prompts_come_last():
+    shapes = in_order_of_need(decode_shapes(1024), prompt_shapes(1024, 8192))
+    telling = telling_shapes(shapes)
+    decodes = [shape.num_tokens for shape in telling if shape.is_decode]
+    assert sorted(decodes) == [1, 2, 4, 8, 16, 32, 64, 128]
+    prompts = telling[len(decodes) :]
+    assert prompts == [StepShape(tokens, 8, 8) for tokens in (64, 128, 256, 512, 1024)]
