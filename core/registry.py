@@ -52,12 +52,17 @@ class Requirements:
         *,
         devices: Collection[str] = (),
         dtypes: Collection[str] = (),
+        kv_cache_dtypes: Collection[str] | None = None,
+        block_sizes: Collection[int] = (),
         modules: Mapping[str, str] | None = None,
     ) -> list[str]:
         """List what goes beyond a part's means: one sentence each, for its `unsupported`.
 
         :param devices: that it runs on; empty: any.
         :param dtypes: that it computes in; empty: any.
+        :param kv_cache_dtypes: in which it keeps keys and values, besides `auto` and the dtype itself;
+            `None`: any.
+        :param block_sizes: of its pages; empty: any.
         :param modules: that it imports, each with what installs it; none of them is imported here.
         """
         reasons = []
@@ -65,6 +70,12 @@ class Requirements:
             reasons.append(f"device {self.device!r} {_is_none_of(devices)}")
         if dtypes and self.dtype not in dtypes:
             reasons.append(f"dtype {self.dtype!r} {_is_none_of(dtypes)}")
+        if kv_cache_dtypes is not None:
+            known = dict.fromkeys(("auto", self.dtype, *kv_cache_dtypes))
+            if self.kv_cache_dtype not in known:
+                reasons.append(f"kv_cache_dtype {self.kv_cache_dtype!r} {_is_none_of(known)}")
+        if block_sizes and self.block_size not in (None, *block_sizes):
+            reasons.append(f"block_size {self.block_size} {_is_none_of(sorted(block_sizes))}")
         reasons += [
             f"{module} is not installed; {remedy}"
             for module, remedy in (modules or {}).items()
@@ -73,8 +84,10 @@ class Requirements:
         return reasons
 
 
-def _is_none_of(names: Collection[str]) -> str:
-    return f"is none of {', '.join(names)}" if len(names) > 1 else f"is not {next(iter(names))!r}"
+def _is_none_of(known: Collection[object]) -> str:
+    if len(known) > 1:
+        return f"is none of {', '.join(map(str, known))}"
+    return f"is not {next(iter(known))!r}"
 
 
 def supports_everything(_requirements: Requirements) -> list[str]:

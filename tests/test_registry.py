@@ -90,3 +90,15 @@ def test_requirements_say_what_goes_beyond_a_part():
         "dtype 'float64' is none of bfloat16, float16",
         "no_such_module is not installed; pip install it",
     ]
+
+
+def test_requirements_say_what_goes_beyond_a_cache():
+    requirements = Requirements(device="cpu", dtype="float16", kv_cache_dtype="fp8", block_size=8)
+    assert requirements.beyond(kv_cache_dtypes=["fp8"], block_sizes=[8, 16]) == []
+    assert requirements.beyond(kv_cache_dtypes=["float16"], block_sizes=[32, 16]) == [
+        "kv_cache_dtype 'fp8' is none of auto, float16",
+        "block_size 8 is none of 16, 32",
+    ]
+    for own in ("auto", "float16"):
+        requirements = Requirements(device="cpu", dtype="float16", kv_cache_dtype=own)
+        assert requirements.beyond(kv_cache_dtypes=(), block_sizes=[16]) == []

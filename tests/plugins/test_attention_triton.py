@@ -66,7 +66,7 @@ class TestOnTheDevice(AttentionConformance):
             {"device": "cpu", "dtype": "float64"},
             ["device 'cpu' is not 'cuda'", "dtype 'float64' is none"],
         ),
-        ({"kv_cache_dtype": "float16"}, ["kv_cache_dtype 'float16' is neither auto, the dtype"]),
+        ({"kv_cache_dtype": "float16"}, ["kv_cache_dtype 'float16' is none of auto, bfloat16, fp8"]),
         (
             {"head_dims": frozenset({32, 72, 512, 128})},
             ["head_dim 32 ", "head_dim 72 ", "head_dim 512 "],

@@ -31,29 +31,18 @@ def make_backend(_plan: Any) -> AttentionBackend:
 
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why this backend cannot serve the requirements."""
-    return [*_device_reasons(requirements), *_shape_reasons(requirements)]
-
-
-def _device_reasons(requirements: Requirements) -> list[str]:
-    reasons = requirements.beyond(devices=["cuda"], dtypes=DTYPES, modules=MODULES)
-    if requirements.kv_cache_dtype not in ("auto", requirements.dtype):
-        reasons.append(
-            f"kv_cache_dtype {requirements.kv_cache_dtype!r} is neither auto nor the dtype "
-            f"{requirements.dtype!r}"
-        )
-    return reasons
-
-
-def _shape_reasons(requirements: Requirements) -> list[str]:
-    reasons = [
+    reasons = requirements.beyond(
+        devices=["cuda"],
+        dtypes=DTYPES,
+        kv_cache_dtypes=(),
+        block_sizes=BLOCK_SIZES,
+        modules=MODULES,
+    )
+    return reasons + [
         f"head_dim {size} is none of {', '.join(map(str, HEAD_DIMS))}"
         for size in sorted(requirements.head_dims)
         if size not in HEAD_DIMS
     ]
-    if requirements.block_size not in (None, *BLOCK_SIZES):
-        known = ", ".join(map(str, sorted(BLOCK_SIZES)))
-        reasons.append(f"block_size {requirements.block_size} is none of {known}")
-    return reasons
 
 
 @hookimpl

@@ -28,11 +28,7 @@ def make_backend(_plan: Any) -> AttentionBackend:
 
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why this backend cannot serve the requirements."""
-    reasons = requirements.beyond(dtypes=DTYPES)
-    if requirements.kv_cache_dtype not in ("auto", *KV_DTYPES):
-        known = ", ".join(KV_DTYPES)
-        reasons.append(f"kv_cache_dtype {requirements.kv_cache_dtype!r} is none of auto, {known}")
-    return reasons
+    return requirements.beyond(dtypes=DTYPES, kv_cache_dtypes=KV_DTYPES)
 
 
 @hookimpl

@@ -35,22 +35,14 @@ def make_backend(_plan: Any) -> AttentionBackend:
 
 def unsupported(requirements: Requirements) -> list[str]:
     """Every reason why this backend cannot serve the requirements."""
-    return [*_device_reasons(requirements), *_shape_reasons(requirements)]
-
-
-def _device_reasons(requirements: Requirements) -> list[str]:
-    reasons = requirements.beyond(devices=["cuda"], dtypes=DTYPES, modules=MODULES)
-    if requirements.kv_cache_dtype not in ("auto", requirements.dtype, *FP8_DTYPES):
-        known = ", ".join(FP8_DTYPES)
-        reasons.append(
-            f"kv_cache_dtype {requirements.kv_cache_dtype!r} is neither auto, the dtype "
-            f"{requirements.dtype!r} nor one of {known}"
-        )
-    return reasons
-
-
-def _shape_reasons(requirements: Requirements) -> list[str]:
-    reasons = [
+    reasons = requirements.beyond(
+        devices=["cuda"],
+        dtypes=DTYPES,
+        kv_cache_dtypes=FP8_DTYPES,
+        block_sizes=BLOCK_SIZES,
+        modules=MODULES,
+    )
+    reasons += [
         f"head_dim {size} is no multiple of {HEAD_DIM_STEP} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
         for size in sorted(requirements.head_dims)
         if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % HEAD_DIM_STEP
@@ -59,9 +51,6 @@ def _shape_reasons(requirements: Requirements) -> list[str]:
         group = requirements.num_heads // requirements.num_kv_heads
         if group > MAX_GROUP:
             reasons.append(f"{group} query heads for each key-value head are more than {MAX_GROUP}")
-    if requirements.block_size not in (None, *BLOCK_SIZES):
-        known = ", ".join(map(str, sorted(BLOCK_SIZES)))
-        reasons.append(f"block_size {requirements.block_size} is none of {known}")
     return reasons
 
 

@@ -193,7 +193,7 @@ def load_chunk(
         gdc_wait()
     TILES_OF_BLOCK: gl.constexpr = BLOCK_SIZE // BLOCK_N
     TILE_BYTES: gl.constexpr = 2 * BLOCK_N * D * 2
-    row, chunk, unit, chunk_end = find_chunk(plan, num_rows, G, NUM_CTAS, MIN_TILES)
+    row, _, unit, chunk_end = find_chunk(plan, num_rows, G, NUM_CTAS, MIN_TILES)
     stage = 0
     phase = 1  # a barrier in its first phase takes the one before for completed
     while unit < chunk_end:

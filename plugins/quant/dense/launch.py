@@ -74,12 +74,9 @@ def _bind(kernel: Any, grid: tuple[int, ...], *, warm_up: bool) -> Any:
     return partial(kernel.warmup, grid=grid) if warm_up else kernel[grid]
 
 
-def _make_vector(
-    op: Operation, config: KernelConfig, num_tokens: int, layer: Weights, _: Workspace, *, warm_up: bool
-) -> Launch:
-    run = _bind(vector_kernel, (triton.cdiv(op.num_outputs, config.block_n),), warm_up=warm_up)
-    overlap = OVERLAPS[config.overlap]
-    constants = (
+def _common_constants(op: Operation, config: KernelConfig) -> tuple[object, ...]:
+    """Return the constants with which both kernels begin."""
+    return (
         op.num_outputs,
         op.num_inputs,
         NORMS[op.norm] if config.fuse_norm else 0,
@@ -89,6 +86,16 @@ def _make_vector(
         config.block_m,
         config.block_n,
         config.block_k,
+    )
+
+
+def _make_vector(
+    op: Operation, config: KernelConfig, num_tokens: int, layer: Weights, _: Workspace, *, warm_up: bool
+) -> Launch:
+    run = _bind(vector_kernel, (triton.cdiv(op.num_outputs, config.block_n),), warm_up=warm_up)
+    overlap = OVERLAPS[config.overlap]
+    constants = (
+        *_common_constants(op, config),
         VECTOR_BYTES // layer.weight.element_size(),
         overlap,
     )
@@ -124,15 +131,7 @@ def _make_tile(
     partials, arrivals = workspace
     tiles = _describe(op, config, layer) if config.tma else None
     constants = (
-        op.num_outputs,
-        op.num_inputs,
-        NORMS[op.norm] if config.fuse_norm else 0,
-        op.activation,
-        op.bias,
-        op.residual,
-        config.block_m,
-        config.block_n,
-        config.block_k,
+        *_common_constants(op, config),
         config.split_k,
         config.swap,
         config.tma,
