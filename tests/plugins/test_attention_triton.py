@@ -188,7 +188,8 @@ def test_loads_in_flight_are_counted():
 def test_prompts_for_hopper_fit_on_a_multiprocessor():
     group, dim, width = 4, 128, prefill_hopper.BOX.value
     arguments = dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
-    arguments |= {"out": "*bf16", "table_stride": "i32", "num_rows": "i32", "scale": "fp32"}
+    arguments |= dict.fromkeys(("table_stride", "num_rows", "is_early"), "i32")
+    arguments |= {"out": "*bf16", "scale": "fp32"}
     arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes([1, width, width], prefill_hopper.BOXES))
     rows = prefill_hopper.ROWS.value
     arguments["q_boxes"] = boxes([rows // group, group, width], prefill_hopper.BOXES)

@@ -319,11 +319,14 @@ class TritonAttention:
             self._hopper if self._hopper is not None and self._hopper.can_prefill(q, spec) else None
         )
         block_tokens = tuning.block_m // group if hopper is None else hopper.tokens_of_block(group)
-        if block_tokens not in meta.prefill_plans:
+        is_early = block_tokens in meta.prefill_plans
+        if not is_early:
             meta.prefill_plans[block_tokens] = self._plan_prompts(batch, block_tokens)
         plan, num_blocks = meta.prefill_plans[block_tokens]
         if hopper is not None:
-            hopper.prefill(q, out, spec, batch, plan=plan, num_blocks=num_blocks)
+            hopper.prefill(
+                q, out, spec, batch, plan=plan, num_blocks=num_blocks, is_early=is_early
+            )
             return
         prefill[(num_blocks * spec.num_kv_heads,)](
             q, out, layer.k, layer.v, layer.k_boxes, layer.v_boxes, layer.k_scales, layer.v_scales,

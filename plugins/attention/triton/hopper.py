@@ -134,12 +134,14 @@ class HopperLaunches:
         *,
         plan: torch.Tensor,
         num_blocks: int,
+        is_early: bool,
     ) -> None:
         """Attend in the rows with several queries, as `prefill` does.
 
         :param q: [T, ...], each row beginning with its H heads.
         :param plan: for blocks of `tokens_of_block`.
         :param num_blocks: at least as many as there are.
+        :param is_early: the plan is older than the kernel in front.
         """
         boxes, group = self._boxes[spec.layer], spec.num_heads // spec.num_kv_heads
         padded = triton.next_power_of_2(group)
@@ -147,7 +149,7 @@ class HopperLaunches:
         prefill_hopper.prefill_hopper[(min(num_blocks * spec.num_kv_heads, self._num_sms),)](
             queries, boxes.k_of_prefill, boxes.v_of_prefill, out,
             plan, batch.query_starts, batch.seq_lens, batch.block_tables, self._counters,
-            batch.block_tables.stride(0), batch.num_rows, spec.scale,
+            batch.block_tables.stride(0), batch.num_rows, int(is_early), spec.scale,
             spec.num_kv_heads, group, padded, spec.head_dim, self._spec.block_size,
             num_warps=4, launch_pdl=True,
         )  # fmt: skip

@@ -81,7 +81,7 @@ def make_query_boxes(q: torch.Tensor, num_heads: int, group: int, dim: int) -> T
     )
 
 
-@gluon.jit(do_not_specialize=["table_stride", "num_rows"])
+@gluon.jit(do_not_specialize=["table_stride", "num_rows", "is_early"])
 def prefill_hopper(
     q_boxes: gl.tensor,  # descriptor of q as [T, H, D], in boxes [ROWS / GROUP_PADDED, GROUP_PADDED, BOX]
     k_boxes: gl.tensor,  # descriptor of the keys as [num_blocks · G, BLOCK_SIZE, D], in boxes [1, BOX, BOX]
@@ -94,6 +94,7 @@ def prefill_hopper(
     counters: gl.tensor,  # [2] int32, zero before and after
     table_stride: gl.tensor,
     num_rows: gl.tensor,
+    is_early: gl.tensor,  # 1 if the plan is older than the kernel in front of this one, else 0
     scale: gl.tensor,
     G: gl.constexpr,
     GROUP: gl.constexpr,
@@ -102,8 +103,6 @@ def prefill_hopper(
     BLOCK_SIZE: gl.constexpr,
 ) -> None:
     """Attend for blocks of queries until none is left."""
-    gdc_wait()
-    gdc_launch_dependents()
     dtype: gl.constexpr = k_boxes.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     boxes: gl.constexpr = BLOCK_N // BOX * (D // BOX)
@@ -130,7 +129,7 @@ def prefill_hopper(
     copied = (
         q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring, notes,
         q_full, k_full, v_full, q_empty, k_empty, v_empty,
-        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows,
+        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows, is_early,
     )  # fmt: skip
     attended = (
         q_tiles, k_tiles, v_tiles, notes, q_full, k_full, v_full, q_empty, k_empty, v_empty, out, scale,
@@ -170,8 +169,11 @@ def copy_blocks(
     (
         q_boxes, k_boxes, v_boxes, q_ring, k_ring, v_ring, notes,
         q_full, k_full, v_full, q_empty, k_empty, v_empty,
-        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows,
+        plan, query_starts, seq_lens, tables, counters, table_stride, num_rows, is_early,
     ) = copied  # fmt: skip
+    # Where the first block lies is found out while the kernel in front still runs, if that is allowed.
+    if is_early == 0:
+        gdc_wait()
     BLOCK_TOKENS: gl.constexpr = NUM_GROUPS * ROWS // GROUP_PADDED
     num_programs = gl.num_programs(0)
     num_units = gl.load(plan + num_rows) * G
@@ -191,6 +193,8 @@ def copy_blocks(
         table = tables + row * table_stride
         tile = gl.cdiv(first_position + gl.minimum(num_left, BLOCK_TOKENS), BLOCK_N) - 1
         places = find_boxes(table, tile, seq_len, head, G, BLOCK_SIZE)
+        if turn == 0:
+            gdc_wait()
         copy_tile(k_boxes, k_ring, k_full, k_empty, num_copied, places, D)
 
         mbarrier.wait(q_empty.index(0), turn & 1 ^ 1)
@@ -317,6 +321,8 @@ def attend(
     (
         q_tiles, k_tiles, v_tiles, notes, q_full, k_full, v_full, q_empty, k_empty, v_empty, out, scale,
     ) = attended  # fmt: skip
+    gdc_wait()
+    gdc_launch_dependents()
     BLOCK_TOKENS: gl.constexpr = NUM_GROUPS * ROWS // GROUP_PADDED
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
