@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from core.batch import BatchState, StepInputs, StepShape
 from core.graphs import (
     NUM_BEFORE_READY,
+    StepGraphs,
     can_hold,
     decode_shapes,
     in_order_of_need,
@@ -212,3 +215,28 @@ def test_shapes_that_need_every_kernel_are_few_and_prompts_come_last():
     assert sorted(decodes) == [1, 2, 4, 8, 16, 32, 64, 128]
     prompts = telling[len(decodes) :]
     assert prompts == [StepShape(tokens, 8, 8) for tokens in (64, 128, 256, 512, 1024)]
+
+
+def test_compiling_runs_each_telling_shape_and_what_else_is_wanted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    shapes = in_order_of_need(decode_shapes(16), prompt_shapes(16, 256))
+    ran, others = [], []
+
+    def run(inputs):
+        ran.append(inputs.shape)
+        return torch.zeros(1)
+
+    graphs = StepGraphs(shapes, CPU, keys=[], run=run, score=lambda stream: stream, draw=None)
+    graphs.compile(lambda: others.append(1))
+    assert sorted(ran) == sorted(telling_shapes(shapes))
+    assert others == [1]
+    assert graphs.num_captured == 0
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):  # as if it had been run alone
+        graphs.compile(fail)
