@@ -12,7 +12,7 @@ from torch.nn import functional
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-from plugins.quant.dense.gate_hopper import COLUMNS, NUM_GROUPS, ROWS, Gate, Schedule
+from plugins.quant.dense.gate_hopper import Gate, make_schedule
 from plugins.quant.dense.linear import workspace_on
 
 ACTIVATIONS = {
@@ -37,13 +37,10 @@ class Layer(NamedTuple):
 
 def run(x, weight, activation, num_sms=132, *, is_shared=False):
     num_outputs = len(weight) // 2
-    num_blocks = -(-len(x) // (NUM_GROUPS.value * ROWS.value))
-    num_tiles = num_blocks * -(-num_outputs // COLUMNS.value)
-    num_programs = num_sms // num_blocks * num_blocks if is_shared else min(num_sms, num_tiles)
     out = torch.full((len(x), num_outputs), math.nan, device="cuda", dtype=x.dtype)
     workspace = workspace_on(x.device)
-    gate = Gate(Layer(weight), activation, workspace, num_sms, overlap=True)
-    gate(x, out, Schedule(num_programs, is_shared, 0))
+    schedule = make_schedule(len(x), num_outputs, num_sms, is_shared=is_shared)
+    Gate(Layer(weight), activation, workspace, num_sms, overlap=True)(x, out, schedule)
     assert not workspace.arrivals.any()
     return out
 

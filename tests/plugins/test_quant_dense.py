@@ -31,8 +31,10 @@ from plugins.quant.dense.linear import NUM_ARRIVALS, NUM_PARTIALS, DenseLinear, 
 from plugins.quant.dense.operation import KernelConfig, Operation, partial_sizes
 from plugins.quant.dense.search import MIN_GAIN, search
 from plugins.quant.dense.table import (
+    FUSED,
     LIBRARY,
     MAX_TOKENS,
+    MAX_TUNED,
     SHIPPED,
     Card,
     Entry,
@@ -215,6 +217,19 @@ GOOD = {"kernel": "tile", "block_m": 16, "block_n": 64, "block_k": 64}
         (json.dumps({"entries": [{**ROW, "config": {**GOOD, "block_k": 96}}]}), "powers of two"),
         (json.dumps({"entries": [{**ROW, "config": {**GOOD, "block_n": "64"}}]}), "malformed"),
         (json.dumps({"entries": [{**ROW, "config": {**GOOD, "split_k": 0}}]}), "split_k 0"),
+        (json.dumps({"entries": [{**ROW, "tokens": 1025, "config": GOOD}]}), "between 1 and 1024"),
+        (
+            json.dumps({"entries": [{**ROW, "tokens": 65, "config": {**GOOD, "block_m": 128}}]}),
+            "at most 64 tokens, not 65",
+        ),
+        (
+            json.dumps({"entries": [{**ROW, "tokens": 128, "config": {"kernel": "whole"}}]}),
+            "gates of more than 64",
+        ),
+        (
+            json.dumps({"entries": [{**ROW, "kind": "gate", "config": {"kernel": "shared"}}]}),
+            "gates of more than 64",
+        ),
     ],
 )
 def test_malformed_files_are_named(cache, content, told):
@@ -235,7 +250,7 @@ def test_shipped_entries_can_be_read_and_need_no_more_than_the_workspace(file):
         partials, arrivals = partial_sizes(op, entry.config, entry.tokens)
         assert partials <= NUM_PARTIALS
         assert arrivals <= NUM_ARRIVALS
-        assert entry.tokens <= MAX_TOKENS
+        assert entry.tokens <= (MAX_TUNED if is_gate else MAX_TOKENS)
 
 
 def test_cards_of_a_capability_share_entries(cache):
@@ -285,6 +300,36 @@ def test_entries_serve_as_many_tokens_as_they_say():
     op = Operation(4096, 4096, norm="one_plus", bias=True)
     assert [table.choose(op, n) for n in (1, 8, 9, 64)] == [small, small, large, large]
     assert table.choose(op, 0) == table.choose(op, 65) == LIBRARY
+
+
+def test_gates_of_many_tokens_have_entries_of_their_own():
+    whole, shared = KernelConfig("whole"), KernelConfig("shared")
+    entries = [
+        Entry("gate", 1024, 512, 16, TILE),
+        Entry("gate", 1024, 512, 128, whole),
+        Entry("gate", 1024, 512, 256, LIBRARY),
+        Entry("gate", 1024, 512, 1024, shared),
+    ]
+    table, op = Table(entries), Operation(1024, 512, norm="plain", activation="silu")
+    assert [table.choose(op, n) for n in (16, 65, 128, 129, 257, 1024)] == [
+        TILE, whole, whole, LIBRARY, shared, shared,
+    ]  # fmt: skip
+    assert table.choose(op, 64) == LIBRARY, "what is for many is not for few"
+    assert table.choose(op, 1025) == FUSED
+    assert table.choose(replace(op, num_outputs=2048), 128) == FUSED
+    assert table.choose(Operation(1024, 512, norm="plain"), 128) == LIBRARY
+
+
+@pytest.mark.parametrize("kernel", ["fused", "whole", "shared"])
+def test_gates_are_fused_on_hopper_only_and_where_the_kernel_serves_them(kernel):
+    op = Operation(1024, 512, norm="plain", activation="silu")
+    config = KernelConfig(kernel)
+    library = replace(config, kernel="library")
+    assert fit(op, config, 128, H200, torch.bfloat16) == config
+    assert fit(op, config, 128, A100, torch.bfloat16) == replace(library, overlap="")
+    assert fit(op, config, 128, H200, torch.float32) == library
+    for other in (replace(op, bias=True), replace(op, num_inputs=516), replace(op, num_outputs=1020)):
+        assert fit(other, config, 128, H200, torch.bfloat16) == library
 
 
 def test_a_plain_product_is_served_like_a_sum():
@@ -395,6 +440,13 @@ def test_candidates_hold_the_tokens_and_include_what_is_known(
     assert len(found) == len(set(found)) >= 2
     assert all(config.kernel == "library" or config.block_m >= num_tokens for config in found)
     assert all(config.overlap == "early" for config in found)
+
+
+def test_only_gates_have_candidates_for_many_tokens():
+    op = Operation(1024, 512, norm="plain")
+    assert candidates(op, 128, LIBRARY) == [LIBRARY]
+    found = candidates(replace(op, activation="silu"), 128, FUSED)
+    assert [config.kernel for config in found] == ["fused", "library", "whole", "shared"]
 
 
 def test_the_library_overlaps_in_two_ways_and_kernels_in_three():
@@ -574,7 +626,7 @@ def test_tuning_needs_a_gpu(capsys, cache):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--tokens", "1,two,65"], "--tokens 1,two,65: 'two', '65' not between 1 and 64"),
+        (["--tokens", "1,two,1025"], "--tokens 1,two,1025: 'two', '1025' not between 1 and 1024"),
         (["--tokens", "0"], "'0' not between"),
         (["--tokens", ""], "'' not between"),
         (["--seconds", "0"], "--seconds 0 must be above 0"),
@@ -607,13 +659,25 @@ def test_what_was_found_is_shown(capsys, tmp_path):
     assert [entry.kind for entry in report.entries] == ["norm", "residual", "gate", "residual"]
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "kernel"),
+    [
+        (65, "library"), (128, "whole"), (129, "library"), (192, "library"), (256, "shared"), (384, "library"),
+        (448, "shared"), (512, "library"), (640, "shared"), (1024, "whole"), (1025, "fused"),
+    ],
+)  # fmt: skip
+def test_gates_of_many_tokens_take_what_was_fastest(cache, num_tokens, kernel):
+    op = Operation(14336, 4096, norm="plain", activation="silu")
+    assert table_of(H200).choose(op, num_tokens).kernel == kernel
+
+
 @pytest.mark.parametrize("num_tokens", [128, 256, 448, 480, 576, 640, 768, 896, 1024, 2048, 8192])
-def test_gates_of_many_tokens_are_fused_where_tiles_fill_the_card(num_tokens):
+def test_gates_without_entries_are_fused_where_tiles_fill_the_card(num_tokens):
     assert gate.choose_schedule(num_tokens, 14336, 132)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 65, 96, 144, 192, 288, 320, 384, 512])
-def test_gates_are_left_to_the_library_where_they_were_slower(num_tokens):
+@pytest.mark.parametrize("num_tokens", [1, 64, 65, 96, 144, 192, 288, 320])
+def test_gates_without_entries_are_left_to_the_library_where_they_do_not(num_tokens):
     assert gate.choose_schedule(num_tokens, 14336, 132) is None
 
 
@@ -623,12 +687,12 @@ def test_gates_are_left_to_the_library_where_they_were_slower(num_tokens):
     num_sms=st.sampled_from([1, 7, 78, 132]),
 )
 def test_a_schedule_has_a_program_for_each_range_and_no_more_than_fit(num_tokens, num_outputs, num_sms):
-    schedule = gate.choose_schedule(num_tokens, num_outputs, num_sms)
-    if schedule is not None:
+    num_blocks = -(-num_tokens // (gate.NUM_GROUPS.value * gate.ROWS.value))
+    for is_shared in (False, True):
+        schedule = gate.make_schedule(num_tokens, num_outputs, num_sms, is_shared=is_shared)
         assert 1 <= schedule.num_programs <= num_sms
-        if schedule.is_shared:
-            num_blocks = -(-num_tokens // (gate.NUM_GROUPS.value * gate.ROWS.value))
-            assert schedule.num_programs % num_blocks == 0
+        assert schedule.is_shared == (is_shared and num_blocks <= num_sms)
+        assert not schedule.is_shared or schedule.num_programs % num_blocks == 0
 
 
 @pytest.mark.parametrize("is_shared", [False, True])

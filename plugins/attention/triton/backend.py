@@ -324,9 +324,7 @@ class TritonAttention:
             meta.prefill_plans[block_tokens] = self._plan_prompts(batch, block_tokens)
         plan, num_blocks = meta.prefill_plans[block_tokens]
         if hopper is not None:
-            hopper.prefill(
-                q, out, spec, batch, plan=plan, num_blocks=num_blocks, is_early=is_early
-            )
+            hopper.prefill(q, out, spec, batch, plan=plan, num_blocks=num_blocks, is_early=is_early)
             return
         prefill[(num_blocks * spec.num_kv_heads,)](
             q, out, layer.k, layer.v, layer.k_boxes, layer.v_boxes, layer.k_scales, layer.v_scales,

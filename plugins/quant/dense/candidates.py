@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from plugins.quant.dense.operation import TOKENS_OF_VECTOR, KernelConfig, Operation
-from plugins.quant.dense.table import LIBRARY, MIN_BLOCK_K, shrink
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, TOKENS_OF_VECTOR, KernelConfig, Operation
+from plugins.quant.dense.table import FUSED, LIBRARY, MAX_TOKENS, MIN_BLOCK_K, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +59,9 @@ TILES: Final = {
 """By block_m."""
 
 
+GATES_OF_MANY: Final = (KernelConfig("whole"), KernelConfig("shared"))
+
+
 class Slot(NamedTuple):
     """A linear layer in a chain: what it computes, from which buffer into which."""
 
@@ -97,6 +100,9 @@ def candidates(op: Operation, num_tokens: int, chosen: KernelConfig) -> list[Ker
 
     They overlap as early as possible; see `overlaps`.
     """
+    if num_tokens > MAX_TOKENS:
+        gates = (*GATES_OF_MANY, FUSED) if op.activation else ()
+        return list(dict.fromkeys([replace(chosen, overlap="early"), LIBRARY, *gates]))
     found = [replace(chosen, overlap="early"), *_vectors(op, num_tokens)]
     for config in _tiles(op, num_tokens):
         found.append(replace(config, fuse_norm=not op.norm or num_tokens <= FUSES_NORM_UP_TO))
@@ -128,5 +134,6 @@ def _tiles(op: Operation, num_tokens: int) -> list[KernelConfig]:
 
 def overlaps(config: KernelConfig) -> list[KernelConfig]:
     """List the other ways in which a configuration can overlap with its neighbours."""
-    ways: Sequence[Overlap] = ("", "early") if config.kernel == "library" else ("", "late", "early")
+    is_for_any = config.kernel in FOR_ANY_TOKENS
+    ways: Sequence[Overlap] = ("", "early") if is_for_any else ("", "late", "early")
     return [replace(config, overlap=way) for way in ways if way != config.overlap]

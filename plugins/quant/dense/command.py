@@ -38,7 +38,7 @@ def tune(
     /,
     *,
     tokens: Annotated[
-        str, Parameter(help="Numbers of tokens of a step to measure, up to 64.", metavar="N,N")
+        str, Parameter(help="Numbers of tokens of a step to measure, up to 1024.", metavar="N,N")
     ] = "1,2,4,8,16,32,64",
     seconds: Annotated[
         float, Parameter(help="Time for measuring; compiling kernels comes on top.", metavar="X")
@@ -72,13 +72,13 @@ def parse_counts(text: str) -> list[int]:
 
     :raises ConfigError: one of them is none, or has no entries of its own.
     """
-    from plugins.quant.dense.table import MAX_TOKENS  # noqa: PLC0415  the help needs none
+    from plugins.quant.dense.table import MAX_TUNED  # noqa: PLC0415  the help needs none
 
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not (part.isdecimal() and 0 < int(part) <= MAX_TOKENS)]
+    wrong = [part for part in parts if not (part.isdecimal() and 0 < int(part) <= MAX_TUNED)]
     if wrong:
         raise ConfigError(
-            f"--tokens {text}: {', '.join(map(repr, wrong))} not between 1 and {MAX_TOKENS}"
+            f"--tokens {text}: {', '.join(map(repr, wrong))} not between 1 and {MAX_TUNED}"
         )
     return sorted({int(part) for part in parts})
 
@@ -160,7 +160,7 @@ def tune_model(
     with _make_progress(console) as progress, torch.inference_mode():
         task = progress.add_task("", total=len(counts) * len(parts), step="")
         for slots, num_layers in parts:
-            chain = Chain(slots, num_layers, dtype, device)
+            chain = Chain(slots, num_layers, max(counts), dtype, device)
             share = seconds * len(slots) / num_slots / len(counts)
             for num_tokens in counts:
                 progress.update(task, step=f"{slots[0].name} …, {num_tokens} tokens")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from plugins.quant.dense.launch import Weights, Workspace
+    from plugins.quant.dense.operation import Kernel
 
 ROWS = gl.constexpr(64)
 """Tokens of a group of warps."""
@@ -56,9 +57,6 @@ SHARING_ROUNDS: Final = 0.25
 MIN_EFFICIENCY: Final = 0.8
 """Share of the time in which multiprocessors have something to do, at least: below, the library with a
 kernel behind it is faster on an H200."""
-FILLED_BY_LIBRARY: Final = (384, 512)
-"""Tokens of which the library's tiles leave no multiprocessor idle: there it is as fast, and faster while the
-card is cool."""
 COMPILING: Final = Lock()
 """Or threads would compile the same kernels at the same time."""
 BOXES: Final = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -344,21 +342,28 @@ class Schedule(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_schedule(num_tokens: int, num_outputs: int, num_sms: int) -> Schedule | None:
-    """Choose the faster schedule; None if the library is faster than both."""
-    if num_tokens in FILLED_BY_LIBRARY:
-        return None
-    tile_tokens = NUM_GROUPS.value * ROWS.value
-    num_blocks = triton.cdiv(num_tokens, tile_tokens)
+def make_schedule(num_tokens: int, num_outputs: int, num_sms: int, *, is_shared: bool) -> Schedule:
+    """Divide the work; tiles are not shared if there are more of them for each column than programs."""
+    num_blocks = triton.cdiv(num_tokens, NUM_GROUPS.value * ROWS.value)
     num_columns = triton.cdiv(num_outputs, COLUMNS.value)
-    num_tiles = num_blocks * num_columns
-    schedules = [Schedule(min(num_sms, num_tiles), False, triton.cdiv(num_tiles, num_sms))]
-    if num_ranges := num_sms // num_blocks:
+    num_ranges = num_sms // num_blocks
+    if is_shared and num_ranges:
         num_rounds = num_columns / num_ranges + SHARING_ROUNDS
-        schedules.append(Schedule(num_ranges * num_blocks, True, num_rounds))
+        return Schedule(num_ranges * num_blocks, True, num_rounds)
+    num_tiles = num_blocks * num_columns
+    return Schedule(min(num_sms, num_tiles), False, triton.cdiv(num_tiles, num_sms))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_schedule(num_tokens: int, num_outputs: int, num_sms: int) -> Schedule | None:
+    """Guess the faster schedule; None if neither keeps the multiprocessors busy enough."""
+    schedules = [
+        make_schedule(num_tokens, num_outputs, num_sms, is_shared=is_shared)
+        for is_shared in (False, True)
+    ]
     best = min(schedules, key=lambda schedule: schedule.num_rounds)
-    efficiency = num_tokens * num_columns / (best.num_rounds * num_sms * tile_tokens)
-    return best if efficiency >= MIN_EFFICIENCY else None
+    num_tiles = num_tokens / (NUM_GROUPS.value * ROWS.value) * triton.cdiv(num_outputs, COLUMNS.value)
+    return best if num_tiles / (best.num_rounds * num_sms) >= MIN_EFFICIENCY else None
 
 
 class Gate:
@@ -368,13 +373,22 @@ class Gate:
 
     :param layer: its weight is [2 N, K] of two bytes a number, contiguous; N and K multiples of 8.
     :param workspace: with room for a tile of each multiprocessor.
+    :param kernel: `whole` or `shared` tiles, or `fused`: as `choose_schedule` says.
     :param overlap: whether the kernel may start while the one in front of it still runs.
     """
 
     def __init__(
-        self, layer: Weights, activation: str, workspace: Workspace, num_sms: int, *, overlap: bool
+        self,
+        layer: Weights,
+        activation: str,
+        workspace: Workspace,
+        num_sms: int,
+        *,
+        kernel: Kernel = "fused",
+        overlap: bool,
     ) -> None:
         self._layer = layer
+        self._kernel = kernel
         self._activation = activation
         self._workspace = workspace
         self._num_sms = num_sms
@@ -387,8 +401,12 @@ class Gate:
                 gate_hopper.warmup(*arguments, grid=(1,), **self._options)
 
     def schedule_for(self, num_tokens: int) -> Schedule | None:
-        """Choose how to compute it for a number of tokens; None: the library is faster."""
-        return choose_schedule(num_tokens, self._layer.weight.shape[0] // 2, self._num_sms)
+        """Return how to compute it for a number of tokens; None: the library is faster."""
+        num_outputs = self._layer.weight.shape[0] // 2
+        if self._kernel == "fused":
+            return choose_schedule(num_tokens, num_outputs, self._num_sms)
+        is_shared = self._kernel == "shared"
+        return make_schedule(num_tokens, num_outputs, self._num_sms, is_shared=is_shared)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, schedule: Schedule) -> None:
         """Compute.

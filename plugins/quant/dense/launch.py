@@ -10,6 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plugins.quant.dense.kernels import gate_kernel, linear_kernel, norm_kernel, vector_kernel
+from plugins.quant.dense.operation import FOR_ANY_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,10 +61,10 @@ def make_launch(
 ) -> Launch:
     """Make what computes an operation for a number of tokens.
 
-    :param num_tokens: of every call; for `library` any number may be passed to calls.
+    :param num_tokens: of every call; to launches of `FOR_ANY_TOKENS` any number may be passed.
     :param warm_up: launches compile the kernel, and do not run it.
     """
-    if config.kernel == "library":
+    if config.kernel in FOR_ANY_TOKENS:
         return _make_library(op, config, layer, workspace)
     make = _make_vector if config.kernel == "vector" else _make_tile
     launch = make(op, config, num_tokens, layer, workspace, warm_up=warm_up)
@@ -183,11 +184,14 @@ def _after_norm(op: Operation, config: KernelConfig, launch: Launch) -> Launch:
 
 
 def _make_library(op: Operation, config: KernelConfig, layer: Weights, workspace: Workspace) -> Launch:
-    """Make a launch of the library's product, with what surrounds it in kernels of their own."""
+    """Make a launch of the library's product, with what surrounds it in kernels of their own.
+
+    Where a gate is to be fused, or may be, another kernel does both at once.
+    """
     overlap = config.overlap != ""
     normalize = make_norm(op.num_inputs, op.norm, overlap=overlap) if op.norm else None
     gate = make_gate(op.num_outputs, op.activation, overlap=overlap) if op.activation else None
-    fused_gate = _make_fused_gate(op, layer, workspace, overlap=overlap) if op.activation else None
+    fused_gate = _make_fused_gate(op, config, layer, workspace) if config.kernel != "library" else None
 
     def multiply(x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
         transposed, bias = layer.weight.t(), layer.bias
@@ -223,21 +227,14 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights, workspace
     return launch
 
 
-def _make_fused_gate(
-    op: Operation, layer: Weights, workspace: Workspace, *, overlap: bool
-) -> Gate | None:
-    """Make what computes product and gate at once; None if there is no kernel."""
-    weight = layer.weight
-    is_hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device) == (9, 0)
-    sizes = (op.num_inputs, op.num_outputs)
-    is_aligned = not any(size * weight.element_size() % VECTOR_BYTES for size in sizes)
-    if not is_hopper or weight.element_size() != 2 or op.bias or not is_aligned:
-        return None
+def _make_fused_gate(op: Operation, config: KernelConfig, layer: Weights, workspace: Workspace) -> Gate:
+    """Make what computes product and gate at once, on Hopper."""
     # Other cards have no use for Gluon.
     from plugins.quant.dense.gate_hopper import Gate  # noqa: PLC0415
 
-    num_sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    return Gate(layer, op.activation, workspace, num_sms, overlap=overlap)
+    num_sms = torch.cuda.get_device_properties(layer.weight.device).multi_processor_count
+    overlap = config.overlap != ""
+    return Gate(layer, op.activation, workspace, num_sms, kernel=config.kernel, overlap=overlap)
 
 
 def make_norm(

@@ -13,8 +13,8 @@ from torch import nn
 from core.errors import ConfigError
 from core.model.linear import make_weight
 from plugins.quant.dense.launch import NORMS, VECTOR_BYTES, Workspace, make_launch
-from plugins.quant.dense.operation import Operation, partial_sizes
-from plugins.quant.dense.table import MAX_TOKENS, Card, table_of
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, Operation, partial_sizes
+from plugins.quant.dense.table import MAX_TUNED, Card, table_of
 
 if TYPE_CHECKING:
     from core.interfaces import LinearSpec
@@ -25,8 +25,9 @@ ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NUM_PARTIALS: Final = 1 << 23
 """float32 elements of the workspace: 32 MiB, more than any entry of a table needs for 64 tokens."""
 NUM_ARRIVALS: Final = 1 << 14
-MANY: Final = MAX_TOKENS + 1
-"""Stands for every number of tokens that the library serves."""
+GATE_ITEM_BYTES: Final = 2
+MANY: Final = MAX_TUNED + 1
+"""Stands for every number of tokens that no entry of a table is for."""
 
 
 @functools.cache
@@ -121,6 +122,7 @@ class Form:
         self._layer = layer
         self._op = op
         self._launches: dict[int, Launch] = {}
+        self._for_any_tokens: dict[KernelConfig, Launch] = {}
 
     def __call__(self, x: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         """Compute [T, num_outputs] anew."""
@@ -138,7 +140,11 @@ class Form:
         card = card_of(device)
         config = table_of(card).choose(self._op, num_tokens)
         config = fit(self._op, config, num_tokens, card, self._layer.weight.dtype)
-        launch = make_launch(self._op, config, num_tokens, self._layer, workspace_on(device))
+        launch = self._for_any_tokens.get(config)
+        if launch is None:
+            launch = make_launch(self._op, config, num_tokens, self._layer, workspace_on(device))
+        if config.kernel in FOR_ANY_TOKENS:
+            self._for_any_tokens[config] = launch
         self._launches[num_tokens] = launch
         return launch
 
@@ -150,6 +156,8 @@ def fit(
     changes: dict[str, object] = {}
     if not card.can_overlap:
         changes.update(overlap="", tma=False, prefetch=0)
+    if config.kernel in FOR_ANY_TOKENS and not can_fuse_gate(op, card, dtype):
+        changes.update(kernel="library")
     if op.num_inputs * dtype.itemsize % VECTOR_BYTES:
         changes.update(tma=False)
     if dtype != torch.bfloat16 and config.kernel == "tile":
@@ -158,3 +166,11 @@ def fit(
     if partials > NUM_PARTIALS or arrivals > NUM_ARRIVALS:
         changes.update(split_k=1)
     return replace(config, **changes) if changes else config  # type: ignore[arg-type]
+
+
+def can_fuse_gate(op: Operation, card: Card, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for product and gate of many tokens."""
+    sizes = (op.num_inputs, op.num_outputs)
+    is_aligned = not any(size * dtype.itemsize % VECTOR_BYTES for size in sizes)
+    is_served = op.activation != "" and not op.bias and dtype.itemsize == GATE_ITEM_BYTES
+    return card.capability == (9, 0) and is_served and is_aligned

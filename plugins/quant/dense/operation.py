@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kernel = Literal["vector", "tile", "library"]
+Kernel = Literal["vector", "tile", "library", "fused", "whole", "shared"]
 Overlap = Literal["", "early", "late"]
 
+FOR_ANY_TOKENS: Final = ("library", "fused", "whole", "shared")
+"""Kernels that serve any number of tokens.  The last three are for gates: `gate_hopper` with whole tiles, with
+tiles that programs share, and whichever of all should be fastest."""
 TOKENS_OF_VECTOR: Final = (1, 2, 4)
 """Numbers of tokens that the kernel without tensor cores exists for; others take the next."""
 
@@ -41,7 +44,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """How an operation is computed; of `library`, only `overlap` counts."""
+    """How an operation is computed; of `FOR_ANY_TOKENS`, only `overlap` counts."""
 
     kernel: Kernel
     block_n: int = 0

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from plugins.quant.dense.candidates import overlaps
+from plugins.quant.dense.operation import FOR_ANY_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,6 +115,6 @@ def _with_overlap(configs: Configs, way: Overlap) -> Configs:
 
 
 def _overlapping(config: KernelConfig, way: Overlap) -> KernelConfig:
-    """Let a configuration overlap in a way; the library knows no `late`."""
-    is_late = config.kernel == "library" and way == "late"
+    """Let a configuration overlap in a way; kernels for any number of tokens know no `late`."""
+    is_late = config.kernel in FOR_ANY_TOKENS and way == "late"
     return replace(config, overlap="early" if is_late else way)

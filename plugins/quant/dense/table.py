@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from core.errors import ConfigError
-from plugins.quant.dense.operation import Kernel, KernelConfig
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, Kernel, KernelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS: Final = 64
 """Beyond that many, the library's products are at the limit of the card."""
+MAX_TUNED: Final = 1024
+"""Most tokens of an entry: of gates there are some for more than MAX_TOKENS."""
 MAX_DISTANCE: Final = 2.0
 """How far a shape may be from a measured one to be served just like it, see `_distance`."""
 SHIPPED: Final = Path(__file__).parent / "configs"
@@ -35,6 +37,8 @@ MIN_TILE: Final = 64
 """Rows and columns of a weight's tile: what tensor cores take, and a full line of memory."""
 
 LIBRARY: Final = KernelConfig("library")
+FUSED: Final = KernelConfig("fused")
+"""What gates of many tokens are where nothing was measured."""
 
 
 class Card(NamedTuple):
@@ -66,12 +70,16 @@ class Table:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self._by_shape: dict[tuple[str, int, int], dict[int, KernelConfig]] = {}
+        self._of_many: dict[tuple[str, int, int], dict[int, KernelConfig]] = {}
         for kind, outputs, inputs, tokens, config in entries:
-            self._by_shape.setdefault((kind, outputs, inputs), {})[tokens] = config
+            by_shape = self._by_shape if tokens <= MAX_TOKENS else self._of_many
+            by_shape.setdefault((kind, outputs, inputs), {})[tokens] = config
 
     def choose(self, op: Operation, num_tokens: int) -> KernelConfig:
         """Choose the configuration of an operation."""
-        if not 0 < num_tokens <= MAX_TOKENS:
+        if num_tokens > MAX_TOKENS:
+            return self._choose_for_many(op, num_tokens)
+        if num_tokens < 1:
             return LIBRARY
         # A sum onto the stream costs what a plain product does.
         kind = "residual" if op.kind == "plain" else op.kind
@@ -80,6 +88,13 @@ class Table:
             if config is not None:
                 return config
         return self._like_nearest(op, kind, num_tokens) or guess(op, num_tokens)
+
+    def _choose_for_many(self, op: Operation, num_tokens: int) -> KernelConfig:
+        """Choose for more tokens than tiles are for; only of gates there is more than one way."""
+        if not op.activation:
+            return LIBRARY
+        shape = op.kind, op.num_outputs, op.num_inputs
+        return _for_tokens(self._of_many.get(shape), num_tokens) or FUSED
 
     def _like_nearest(self, op: Operation, kind: str, num_tokens: int) -> KernelConfig | None:
         """Take over what the nearest shape of the kind has; `None` if that does not suit."""
@@ -197,10 +212,16 @@ def _check(entry: Entry) -> None:
     :raises ValueError: says what is wrong.
     """
     config = entry.config
+    if not 0 < entry.tokens <= MAX_TUNED:
+        raise ValueError(f"{entry.tokens} tokens are not between 1 and {MAX_TUNED}")
     if config.kernel not in get_args(Kernel):
         raise ValueError(f"kernel {config.kernel!r} is none of {', '.join(get_args(Kernel))}")
-    if config.kernel == "library":
+    if config.kernel in FOR_ANY_TOKENS:
+        if config.kernel != "library" and (entry.kind != "gate" or entry.tokens <= MAX_TOKENS):
+            raise ValueError(f"{config.kernel!r} is for gates of more than {MAX_TOKENS} tokens")
         return
+    if entry.tokens > MAX_TOKENS:
+        raise ValueError(f"{config.kernel!r} is for at most {MAX_TOKENS} tokens, not {entry.tokens}")
     if config.block_m < entry.tokens:
         raise ValueError(f"{entry.tokens} tokens do not fit into tiles of {config.block_m}")
     sizes = (config.block_m, config.block_n, config.block_k, config.num_warps)

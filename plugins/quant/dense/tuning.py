@@ -15,7 +15,7 @@ from core.errors import CapacityError
 from core.model.layers import ACTIVATIONS
 from plugins.quant.dense.launch import make_launch
 from plugins.quant.dense.linear import card_of, fit, workspace_on
-from plugins.quant.dense.table import MAX_TOKENS
+from plugins.quant.dense.operation import FOR_ANY_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,11 +48,17 @@ class Chain:
 
     :param slots: of one layer.
     :param num_layers: at most so many, as far as memory goes.
+    :param max_tokens: of what will be measured.
     :raises CapacityError: the memory of the device does not hold one layer.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], num_layers: int, dtype: torch.dtype, device: torch.device
+        self,
+        slots: Sequence[Slot],
+        num_layers: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.slots = {slot.name: slot for slot in slots}
         self._dtype = dtype
@@ -61,7 +67,8 @@ class Chain:
         self._generator = torch.Generator(device).manual_seed(0)
         count = min(num_layers, MAX_LAYERS, _layers_that_fit(slots, dtype, device))
         self._layers = [{slot.name: self._draw_layer(slot) for slot in slots} for _ in range(count)]
-        self._buffers = {name: self._draw(MAX_TOKENS, width) for name, width in _widths(slots).items()}
+        self._max_tokens = max_tokens
+        self._buffers = {name: self._draw(max_tokens, width) for name, width in _widths(slots).items()}
         self._expected: dict[str, torch.Tensor] = {}
         self._problems: dict[tuple[str, KernelConfig, int], str] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -111,7 +118,7 @@ class Chain:
 
     def _warm_up(self, slot: str, config: KernelConfig, num_tokens: int) -> None:
         op, layer = self.slots[slot].op, self._layers[0][slot]
-        if config.kernel == "library" or (op.norm and not config.fuse_norm):
+        if config.kernel in FOR_ANY_TOKENS or (op.norm and not config.fuse_norm):
             return  # kernels that many share: the first check compiles them
         launch = make_launch(op, config, num_tokens, layer, self._workspace, warm_up=True)
         x, out = self._ends(slot, num_tokens)
@@ -153,7 +160,7 @@ class Chain:
         """Compute a slot of the first layer in float64, for the most tokens."""
         if slot not in self._expected:
             op, layer = self.slots[slot].op, self._layers[0][slot]
-            x, before = (end.double() for end in self._ends(slot, MAX_TOKENS))
+            x, before = (end.double() for end in self._ends(slot, self._max_tokens))
             if layer.norm_weight is not None:
                 gamma = layer.norm_weight.double() + (op.norm == "one_plus")
                 x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * gamma
