@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,11 @@ import time
 from urllib.request import Request, urlopen
 
 import psutil
+
+
+def heed_interrupts():
+    """Have a new process end with SIGINT: what shells start in the background ignores it, children too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class ServerProcess:
@@ -36,6 +42,7 @@ class ServerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                preexec_fn=heed_interrupts,  # noqa: PLW1509  there are no threads that could hold a lock
             )
         self.started = time.monotonic()
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 NUM_PARTIALS: Final = 1 << 23
-"""float32 elements of the workspace: 32 MiB, more than any entry of a table needs for 64 tokens."""
+"""float32 elements of the workspace: 32 MiB, more than any entry of a table needs for 64 tokens, and a tile of
+`gate_hopper` for each of 256 multiprocessors."""
 NUM_ARRIVALS: Final = 1 << 14
 GATE_ITEM_BYTES: Final = 2
 MANY: Final = MAX_TUNED + 1

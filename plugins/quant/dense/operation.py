@@ -9,8 +9,9 @@ Kernel = Literal["vector", "tile", "library", "fused", "whole", "shared"]
 Overlap = Literal["", "early", "late"]
 
 FOR_ANY_TOKENS: Final = ("library", "fused", "whole", "shared")
-"""Kernels that serve any number of tokens.  The last three are for gates: `gate_hopper` with whole tiles, with
-tiles that programs share, and whichever of all should be fastest."""
+"""Kernels that serve any number of tokens.  Three are for gates: `whole` and `shared` are
+`gate_hopper` with tiles of one program or of several, and `fused` is whichever of the two and the library should
+be fastest."""
 TOKENS_OF_VECTOR: Final = (1, 2, 4)
 """Numbers of tokens that the kernel without tensor cores exists for; others take the next."""
 
