@@ -42,7 +42,7 @@ class ServerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-                preexec_fn=heed_interrupts,  # noqa: PLW1509  there are no threads that could hold a lock
+                preexec_fn=heed_interrupts,  # noqa: PLW1509  it takes no lock
             )
         self.started = time.monotonic()
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import termios
@@ -20,6 +19,7 @@ from cyclopts import App
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
+from server_process import heed_interrupts
 
 from core import chat as module
 from core.chat import (
@@ -485,8 +485,7 @@ def test_in_a_real_terminal(server):
 
     def take_terminal():
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-        # Shells have what they start in the background ignore it, tests with all their children too.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        heed_interrupts()
 
     process = subprocess.Popen(  # noqa: S603  our own interpreter
         [sys.executable, "-c", COMMAND, server.url],

@@ -28,7 +28,7 @@ from plugins.quant.dense.candidates import candidates, overlaps, slots_of_head, 
 from plugins.quant.dense.command import Budget, Report, merge_entries, show, tune_chain
 from plugins.quant.dense.command import _make_console as make_console
 from plugins.quant.dense.linear import NUM_ARRIVALS, NUM_PARTIALS, DenseLinear, fit
-from plugins.quant.dense.operation import KernelConfig, Operation, partial_sizes
+from plugins.quant.dense.operation import FUSED_GATES, KernelConfig, Operation, partial_sizes
 from plugins.quant.dense.search import MIN_GAIN, search
 from plugins.quant.dense.table import (
     FUSED,
@@ -320,7 +320,7 @@ def test_gates_of_many_tokens_have_entries_of_their_own():
     assert table.choose(Operation(1024, 512, norm="plain"), 128) == LIBRARY
 
 
-@pytest.mark.parametrize("kernel", ["fused", "whole", "shared"])
+@pytest.mark.parametrize("kernel", FUSED_GATES)
 def test_gates_are_fused_on_hopper_only_and_where_the_kernel_serves_them(kernel):
     op = Operation(1024, 512, norm="plain", activation="silu")
     config = KernelConfig(kernel)
@@ -369,7 +369,7 @@ def test_every_operation_has_a_kernel_that_holds_its_tokens(
         residual=kind == "residual",
     )
     config = fit(op, table_of(card).choose(op, num_tokens), num_tokens, card, torch.bfloat16)
-    if config.kernel in ("fused", "whole", "shared"):
+    if config.kernel in FUSED_GATES:
         assert (kind, card) == ("gate", H200)
         assert num_tokens > MAX_TOKENS
         return

@@ -10,7 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plugins.quant.dense.kernels import gate_kernel, linear_kernel, norm_kernel, vector_kernel
-from plugins.quant.dense.operation import FOR_ANY_TOKENS
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, FUSED_GATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,7 +191,8 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights, workspace
     overlap = config.overlap != ""
     normalize = make_norm(op.num_inputs, op.norm, overlap=overlap) if op.norm else None
     gate = make_gate(op.num_outputs, op.activation, overlap=overlap) if op.activation else None
-    fused_gate = _make_fused_gate(op, config, layer, workspace) if config.kernel != "library" else None
+    is_fused = config.kernel in FUSED_GATES
+    fused_gate = _make_fused_gate(op, config, layer, workspace) if is_fused else None
 
     def multiply(x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
         transposed, bias = layer.weight.t(), layer.bias
@@ -216,8 +217,7 @@ def _make_library(op: Operation, config: KernelConfig, layer: Weights, workspace
         if gate is None:
             multiply(x, out, residual)
             return
-        schedule = None if fused_gate is None else fused_gate.schedule_for(x.shape[0])
-        if fused_gate is not None and schedule is not None:
+        if fused_gate is not None and (schedule := fused_gate.schedule_for(x.shape[0])) is not None:
             fused_gate(x, out, schedule)
             return
         both = torch.empty((x.shape[0], op.num_rows), dtype=x.dtype, device=x.device)

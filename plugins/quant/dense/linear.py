@@ -13,7 +13,7 @@ from torch import nn
 from core.errors import ConfigError
 from core.model.linear import make_weight
 from plugins.quant.dense.launch import NORMS, VECTOR_BYTES, Workspace, make_launch
-from plugins.quant.dense.operation import FOR_ANY_TOKENS, Operation, partial_sizes
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, FUSED_GATES, Operation, partial_sizes
 from plugins.quant.dense.table import MAX_TUNED, Card, table_of
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def fit(
     changes: dict[str, object] = {}
     if not card.can_overlap:
         changes.update(overlap="", tma=False, prefetch=0)
-    if config.kernel in FOR_ANY_TOKENS and not can_fuse_gate(op, card, dtype):
+    if config.kernel in FUSED_GATES and not can_fuse_gate(op, card, dtype):
         changes.update(kernel="library")
     if op.num_inputs * dtype.itemsize % VECTOR_BYTES:
         changes.update(tma=False)

@@ -8,10 +8,11 @@ from typing import Final, Literal
 Kernel = Literal["vector", "tile", "library", "fused", "whole", "shared"]
 Overlap = Literal["", "early", "late"]
 
-FOR_ANY_TOKENS: Final = ("library", "fused", "whole", "shared")
-"""Kernels that serve any number of tokens.  Three are for gates: `whole` and `shared` are
-`gate_hopper` with tiles of one program or of several, and `fused` is whichever of the two and the library should
-be fastest."""
+FUSED_GATES: Final = ("fused", "whole", "shared")
+"""Kernels for gates of many tokens: `whole` and `shared` are `gate_hopper` with tiles of one program or of several,
+and `fused` is whichever of the two and the library should be fastest."""
+FOR_ANY_TOKENS: Final = ("library", *FUSED_GATES)
+"""Kernels that serve any number of tokens."""
 TOKENS_OF_VECTOR: Final = (1, 2, 4)
 """Numbers of tokens that the kernel without tensor cores exists for; others take the next."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from core.errors import ConfigError
-from plugins.quant.dense.operation import FOR_ANY_TOKENS, Kernel, KernelConfig
+from plugins.quant.dense.operation import FOR_ANY_TOKENS, FUSED_GATES, Kernel, KernelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -217,7 +217,7 @@ def _check(entry: Entry) -> None:
     if config.kernel not in get_args(Kernel):
         raise ValueError(f"kernel {config.kernel!r} is none of {', '.join(get_args(Kernel))}")
     if config.kernel in FOR_ANY_TOKENS:
-        if config.kernel != "library" and (entry.kind != "gate" or entry.tokens <= MAX_TOKENS):
+        if config.kernel in FUSED_GATES and (entry.kind != "gate" or entry.tokens <= MAX_TOKENS):
             raise ValueError(f"{config.kernel!r} is for gates of more than {MAX_TOKENS} tokens")
         return
     if entry.tokens > MAX_TOKENS:
