@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -224,10 +225,12 @@ class TorchExecutor:
         """Run the largest step and capture the largest graphs, with a cache for nobody."""
         config = self._plan.config
         self._attention.allocate_cache(self._cache_spec(2))
-        self._allocate_sampler(self._plan.max_model_len)
+        allocate_sampler = partial(self._allocate_sampler, self._plan.max_model_len)
         graphs = self._make_graphs()
-        if graphs is not None:
-            graphs.compile(self._run_largest_step)  # or what is measured would compile one by one
+        if graphs is None:
+            allocate_sampler()
+        else:  # or what is measured would compile one by one
+            graphs.compile(allocate_sampler, self._run_largest_step)
         return Needs(
             activations=peak_bytes(self.device, self._run_largest_step),
             graphs=0 if graphs is None else graphs.measure(),
@@ -334,7 +337,7 @@ class TorchExecutor:
         if tokens is not None:
             launched.tokens = self._to_host(tokens[:count])
         elif count:
-            self._launch_sampling(launched, inputs.draws.first(count), graph.stream[:count])
+            self._launch_sampling(launched, inputs.draws.first(count), graph.stream)
 
     def _capture_key(self, row_list: Sequence[int]) -> Hashable | None:
         sampler = self._sampler
@@ -344,6 +347,8 @@ class TorchExecutor:
         plan = launched.plan
         launched.sampling = _sampling_rows(plan)
         shape = _shape_of(plan)
+        if self._graphs is not None:
+            shape = self._graphs.pad_draws(shape)
         inputs = StepInputs(shape, self.device)
         inputs.upload(self._state.describe(plan, shape))
         draws = inputs.draws
@@ -358,7 +363,7 @@ class TorchExecutor:
             self._launch_prompt_logprobs(launched, stream)
             stream = stream if draws.tokens is None else stream[draws.tokens]
         if launched.sampling:
-            self._launch_sampling(launched, draws, stream)
+            self._launch_sampling(launched, draws.first(len(launched.sampling)), stream)
 
     def _forward(self, batch: StepBatch, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """Run the layers.
@@ -388,11 +393,11 @@ class TorchExecutor:
     def _launch_sampling(self, launched: _Launched, draws: Draws, stream: torch.Tensor) -> None:
         """Draw a token for each of the rows that sample.
 
-        :param stream: [N, hidden], of each row's last token.
+        :param stream: [N, hidden], of each row's last token; what lies behind them is padding.
         """
         rows, positions = draws.rows, draws.positions
         row_list = [launched.plan.rows[index] for index in launched.sampling]
-        logits = self._logits(stream)
+        logits = self._logits(stream)[: len(rows)]
         if not self._is_sampling:
             if self._shares_tokens:
                 self._state.store(rows, positions, self._share_tokens(torch.empty_like(rows)))

@@ -13,15 +13,19 @@ captured when it is first needed, for it is short.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from core.batch import StepInputs, StepShape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from concurrent.futures import Executor
 
 NUM_BEFORE_READY: Final = 10
 """Graphs that are captured before the engine is ready; the others follow while it is idle."""
@@ -121,16 +125,36 @@ class StepGraphs:
                 return self._graphs[shape] if shape.num_tokens <= limit else None
         return None
 
+    def pad_draws(self, shape: StepShape) -> StepShape:
+        """Round up how many rows draw in a step that is launched without a graph, to a size that has one.
+
+        The library has kernels of its own for nearly every number of rows, and loads each when it is
+        first needed, for which it waits until the device is idle.
+        """
+        sizes = [known.num_draws for known in self._shapes if known.num_draws >= shape.num_draws]
+        if not sizes or not shape.num_draws or shape.is_decode:
+            return shape
+        padded = shape._replace(num_draws=min(sizes))
+        return shape if padded.is_decode else padded
+
     def compile(self, *others: Callable[[], None]) -> None:
         """Run shapes that between them need every kernel once, side by side.
 
-        Most of the time goes to compilers, which run without the interpreter's lock.
+        Each run waits for its own kernels, while those of the others are compiled.
 
         :param others: run beside them.
         """
-        runs = [*others, *(partial(self._try, shape) for shape in telling_shapes(self._shapes))]
-        with ThreadPoolExecutor(NUM_COMPILERS) as pool:
-            list(pool.map(self._run_on_device, runs))
+        runs: list[Callable[[], None]] = list(others)
+        runs += [partial(self._try, shape) for shape in telling_shapes(self._shapes)]
+        with (
+            ThreadPoolExecutor(NUM_COMPILERS) as compilers,
+            compiling_once(compilers),
+            ThreadPoolExecutor(len(runs)) as runners,
+        ):
+            # A thread begins without the context that tells Triton where to compile.
+            tasks = [partial(copy_context().run, self._run_on_device, run) for run in runs]
+            for running in [runners.submit(task) for task in tasks]:
+                running.result()
         torch.cuda.synchronize(self._device)
         # Each thread had its own handle of cuBLAS, whose workspaces nobody needs any more.
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public name for it
@@ -215,6 +239,31 @@ class StepGraphs:
         with torch.cuda.graph(drawing, pool=self._pool):
             tokens = self._draw(graph.inputs, graph.stream, key)
         graph.draws[key] = (drawing, tokens)
+
+
+@contextmanager
+def compiling_once(compilers: Executor) -> Iterator[None]:
+    """Have the kernels of Triton compiled by others, each once, however many threads ask for it.
+
+    By itself, every thread that finds no kernel compiles it, though others may be at it already.
+    """
+    try:
+        from triton import AsyncCompileMode  # noqa: PLC0415  not where there is no GPU
+    except ImportError:
+        yield
+        return
+
+    class CompilingOnce(AsyncCompileMode):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(compilers, ignore_errors=True)  # who waits for a kernel is told
+            self._lock = Lock()
+
+        def submit(self, *arguments: Any) -> Any:
+            with self._lock:
+                return super().submit(*arguments)
+
+    with CompilingOnce():
+        yield
 
 
 def telling_shapes(shapes: Sequence[StepShape]) -> list[StepShape]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from contextvars import copy_context
 from itertools import pairwise
 
 import pytest
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,13 +19,16 @@ from core.graphs import (
     NUM_BEFORE_READY,
     StepGraphs,
     can_hold,
+    compiling_once,
     decode_shapes,
     in_order_of_need,
     prompt_shapes,
     telling_shapes,
 )
+from core.llm import LLM
 from core.request import SamplingParams
 from core.step import BlockAppend, RowEntry, StepPlan
+from core.testing.checkpoints import make_checkpoint
 
 BLOCK = 4
 MAX_LEN = 24
@@ -240,3 +247,83 @@ def test_compiling_runs_each_telling_shape_and_what_else_is_wanted(monkeypatch):
 
     with pytest.raises(MemoryError):  # as if it had been run alone
         graphs.compile(fail)
+
+
+def test_threads_that_want_the_same_kernel_have_it_compiled_once():
+    compiled, meet = [], threading.Barrier(4)
+
+    def want(key):
+        meet.wait()
+        mode = triton.runtime._async_compile.active_mode.get()
+        return mode.submit(key, lambda: compiled.append(key), lambda _: None)
+
+    with (
+        ThreadPoolExecutor(2) as compilers,
+        compiling_once(compilers),
+        ThreadPoolExecutor(4) as wanting,
+    ):
+        runs = [wanting.submit(copy_context().run, want, key) for key in "abba"]
+        kernels = [run.result() for run in runs]
+    assert sorted(compiled) == ["a", "b"]
+    assert kernels[0] is kernels[3]
+    assert kernels[1] is kernels[2]
+
+
+def test_a_kernel_that_cannot_be_compiled_fails_where_it_is_wanted_and_leaves_nothing_behind():
+    def fail():
+        raise ValueError
+
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as compilers, compiling_once(compilers):
+            mode = triton.runtime._async_compile.active_mode.get()
+            with pytest.raises(ValueError):
+                mode.submit("key", fail, lambda _: None).result()
+
+
+@given(st.integers(1, 64), st.integers(0, 80), st.integers(0, 64))
+def test_draws_are_padded_to_a_size_that_has_a_graph(num_rows, more_tokens, num_draws):
+    sizes = [shape.num_draws for shape in decode_shapes(64)]
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs._shapes = decode_shapes(64)
+    shape = StepShape(num_rows + more_tokens, num_rows, min(num_draws, num_rows))
+    padded = graphs.pad_draws(shape)
+    assert padded[:2] == shape[:2]
+    assert padded.is_decode == shape.is_decode
+    if shape.num_draws and padded != shape:
+        assert padded.num_draws == min(size for size in sizes if size >= shape.num_draws)
+    if not shape.num_draws:
+        assert padded == shape
+
+
+def test_padding_the_rows_that_draw_changes_nothing(tmp_path):
+    path = make_checkpoint("llama3", tmp_path)
+    prompts = [[7, 3, 9, 11, 5], list(range(4, 44)), [100], [8, 9], list(range(30))]
+    params = [
+        SamplingParams(max_tokens=5 + i, temperature=0, ignore_eos=True, logprobs=1) for i in range(4)
+    ]
+    params.append(SamplingParams(max_tokens=3, temperature=0, ignore_eos=True, prompt_logprobs=1))
+    settings = {"device": "cpu", "dtype": "float32", "num_kv_blocks": 60, "max_model_len": 64}
+    settings |= {"max_num_batched_tokens": 24, "max_num_seqs": 6}
+    results, num_padded = [], 0
+
+    class Counting(StepGraphs):
+        def __init__(self):
+            self._shapes, self._captured = [StepShape(size, size, size) for size in (4, 6)], []
+
+        def pad_draws(self, shape):
+            nonlocal num_padded
+            padded = super().pad_draws(shape)
+            num_padded += padded != shape
+            return padded
+
+    for graphs in (None, Counting()):
+        with LLM(str(path), **settings) as llm:
+            llm.engine.executor._graphs = graphs
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([(r.outputs[0].token_ids, r.outputs[0].logprobs) for r in outputs])
+    assert num_padded >= 3
+    tokens = [[ids for ids, _ in result] for result in results]
+    assert tokens[0] == tokens[1]
+    for (_, expected), (_, got) in zip(*results, strict=True):
+        values = [[next(iter(x.values())).logprob for x in one or []] for one in (expected, got)]
+        assert values[1] == pytest.approx(values[0], abs=1e-4)

@@ -49,7 +49,7 @@ def load_hf_config(path: str | PathLike[str], revision: str | None = None) -> An
     :raises CheckpointError: it is missing or malformed.
     """
     # Slow to import, and not needed to register the families.
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig  # noqa: PLC0415
+    from transformers import PreTrainedConfig  # noqa: PLC0415
 
     name = str(path)
     if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).exists():
@@ -59,13 +59,23 @@ def load_hf_config(path: str | PathLike[str], revision: str | None = None) -> An
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
         model_type = raw.get("model_type")
-        if model_type in CONFIG_MAPPING:
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if isinstance(model_type, str):
-            return _make_generic_config(model_type, raw)
+            return _make_config(model_type, raw, name, revision)
     except Exception as error:
         raise CheckpointError(f"cannot read the config.json of {name}: {error}") from error
     raise CheckpointError(f"the config.json of {name} has model_type {model_type!r}; a name is needed")
+
+
+def _make_config(model_type: str, raw: dict[str, Any], name: str, revision: str | None) -> Any:
+    if model_type == "llama":
+        from core.model.llama_config import LlamaConfig  # noqa: PLC0415  see load_hf_config
+
+        return LlamaConfig.from_dict(raw)
+    from transformers import CONFIG_MAPPING, AutoConfig  # noqa: PLC0415  even slower
+
+    if model_type in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return _make_generic_config(model_type, raw)
 
 
 def _make_generic_config(model_type: str, raw: dict[str, Any]) -> Any:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from core.errors import CheckpointError
+from core.model import llama_config
 from core.model.families import BUILTIN_MODELS, load_hf_config, read_decoder, read_model
 from core.model.spec import RopeSpec
 from core.registry import KINDS, ModelEntry
@@ -111,6 +117,76 @@ def test_an_old_config_serves_a_whole_checkpoint(checkpoint, load, run, tmp_path
     tokens = list(range(50))
     expected = reference_logits(checkpoint("llama3.1"), tokens)
     assert (run(load(path), tokens) - expected).abs().max() < 1e-3
+
+
+ROPES = st.sampled_from(
+    [
+        {},
+        {"rope_theta": 500_000.0, "rope_scaling": None},
+        {"rope_theta": 500_000, "rope_scaling": LLAMA3},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500_000.0}},
+        {"rope_parameters": {"rope_theta": 500_000.0}},
+        {"rope_parameters": None},
+    ]
+)
+OTHER_KEYS = st.fixed_dictionaries(
+    {},
+    optional={
+        "vocab_size": st.integers(1, 1 << 18),
+        "hidden_size": st.sampled_from([64, 4096, 65]),
+        "intermediate_size": st.integers(1, 1 << 15),
+        "num_hidden_layers": st.integers(1, 3),
+        "num_attention_heads": st.sampled_from([4, 32]),
+        "num_key_value_heads": st.sampled_from([None, 2, 4]),
+        "head_dim": st.sampled_from([None, 16, 128]),
+        "hidden_act": st.sampled_from(["silu", "gelu"]),
+        "max_position_embeddings": st.integers(1 << 13, 1 << 17),
+        "rms_norm_eps": st.sampled_from([1e-5, 1e-6]),
+        "attention_bias": st.booleans(),
+        "mlp_bias": st.booleans(),
+        "tie_word_embeddings": st.booleans(),
+        "eos_token_id": st.sampled_from([None, 7, [7, 8]]),
+        "torch_dtype": st.sampled_from(["bfloat16", "float16"]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        "partial_rotary_factor": st.just(1.0),
+        "quantization_config": st.just({"quant_method": "fp8"}),
+        "pretraining_tp": st.just(1),
+        "rope_theta": st.sampled_from([10_000, "many"]),
+        "acme": st.just("anything"),
+    },
+)
+
+
+@given(ROPES, OTHER_KEYS)
+def test_configs_of_llama_say_what_they_say_to_transformers(rope, others):
+    raw = {"model_type": "llama", **others, **rope}
+    try:
+        expected = LlamaConfig.from_dict(json.loads(json.dumps(raw)))
+    except Exception as error:  # noqa: BLE001  of whatever type
+        with pytest.raises(type(error)):
+            llama_config.LlamaConfig.from_dict(raw)
+        return
+    config = llama_config.LlamaConfig.from_dict(json.loads(json.dumps(raw)))
+    ours, theirs = config.to_dict(), expected.to_dict()
+    no_matter = {"attention_dropout", "initializer_range", "pretraining_tp", "use_cache"}
+    assert {k: v for k, v in ours.items() if k not in no_matter} == {
+        k: v for k, v in theirs.items() if k not in no_matter
+    }
+    assert type(config.dtype) is type(expected.dtype)
+
+
+def test_configs_of_llama_are_read_without_the_models_of_transformers(write):
+    code = (
+        "import sys\n"
+        "from core.model.families import load_hf_config\n"
+        "load_hf_config(sys.argv[1])\n"
+        "print('torch._dynamo' in sys.modules, 'transformers.models.llama' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(write(old_llama()))]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    assert shown.split() == ["False", "False"]
 
 
 # --- what is read ----------------------------------------------------------------------------------

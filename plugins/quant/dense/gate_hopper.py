@@ -18,7 +18,6 @@ time, each for other tokens, and it is read from memory once.
 from __future__ import annotations
 
 import functools
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import triton
@@ -57,8 +56,6 @@ SHARING_ROUNDS: Final = 0.25
 MIN_EFFICIENCY: Final = 0.8
 """Share of the time in which multiprocessors have something to do, at least: below, the library with a
 kernel behind it is faster on an H200."""
-COMPILING: Final = Lock()
-"""Or threads would compile the same kernels at the same time."""
 BOXES: Final = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
@@ -395,10 +392,9 @@ class Gate:
         self._overlap = overlap
         rows, num_inputs = layer.weight.shape
         x, out = layer.weight.new_empty((1, num_inputs)), layer.weight.new_empty((1, rows // 2))
-        with COMPILING:
-            for is_shared in (False, True):
-                arguments = self._arguments(x, out, is_shared=is_shared)
-                gate_hopper.warmup(*arguments, grid=(1,), **self._options)
+        for is_shared in (False, True):
+            arguments = self._arguments(x, out, is_shared=is_shared)
+            gate_hopper.warmup(*arguments, grid=(1,), **self._options)
 
     def schedule_for(self, num_tokens: int) -> Schedule | None:
         """Return how to compute it for a number of tokens; None: the library is faster."""
