@@ -5,7 +5,11 @@ Everything is compared with `transformers` on the same weights, or with the same
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -178,6 +182,27 @@ def test_all_sizes_are_captured_in_the_end_and_nothing_is_compiled_after_that(pa
         finally:
             triton.knobs.runtime.jit_post_compile_hook = hook
         assert compiled == []
+
+
+START = """
+import json, sys
+import triton
+from core import LLM
+
+compiled = []
+triton.knobs.compilation.listener = lambda **told: compiled.append(told["metadata"]["hash"])
+with LLM(sys.argv[1], **json.loads(sys.argv[2])):
+    print(json.dumps(compiled))
+"""
+
+
+def test_a_start_without_compiled_kernels_compiles_each_once(path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", START, str(path), json.dumps(SETTINGS)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
+    compiled = json.loads(shown.stdout.splitlines()[-1])
+    assert len(compiled) > 10
+    assert len(set(compiled)) == len(compiled)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
