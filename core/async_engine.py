@@ -90,6 +90,7 @@ class Engine:
         self.assembly: Assembly
         self.journal: Journal
         self.sampling_defaults: dict[str, Any]
+        self._link_thread: threading.Thread
         self.last_message_time = time.monotonic()
         """When the engine last gave a sign of life."""
         self._link = link
@@ -124,18 +125,21 @@ class Engine:
         self._link.send(Stop())
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
+            # One that came back from the event loop while Python shuts down would abort the process.
+            await to_thread.run_sync(self._link_thread.join)
             if hasattr(self, "bus"):
                 await to_thread.run_sync(self.bus.close)
 
     async def _start(self) -> None:
         # A task without a task group: one would have to be left in the order in which it was entered.
-        threading.Thread(
+        self._link_thread = threading.Thread(
             target=from_thread.run,
             args=(self._run_link,),
             kwargs={"token": current_token()},
             name="engine-link",
             daemon=True,
-        ).start()
+        )
+        self._link_thread.start()
         defaults = DEFAULT_PLUGINS if self._active is None else self._active.defaults
         config = self.config.to_dict(secrets=ENGINE_SECRETS)
         self._link.start(Start(config, self.config.origins, list(defaults)))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from anyio import from_thread
 
 from core import LLM, Engine, SamplingParams
-from core.errors import EngineDeadError, InvalidRequestError
+from core.errors import EngineDeadError, InvalidRequestError, PluginNotFoundError
 from core.outputs import OutputKind
 from core.testing.checkpoints import make_checkpoint
 from core.testing.tokenizers import make_tokenizer
@@ -151,3 +154,21 @@ async def test_dead_engine_tells_every_stream(path: Path) -> None:
             await anext(engine.generate("again"))
     with pytest.raises(EngineDeadError):
         await anext(engine.generate("after the end"))
+
+
+async def test_no_thread_outlives_the_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A thread that comes back from the event loop while Python shuts down aborts the process.
+    run = from_thread.run
+
+    def run_late(*args: Any, **options: Any) -> None:
+        run(*args, **options)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(from_thread, "run", run_late)
+    async with Engine(str(path), **SETTINGS):
+        pass
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("engine")]
+    with pytest.raises(PluginNotFoundError):
+        async with Engine(str(path), **SETTINGS, quantization="nonsense"):
+            pass
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("engine")]
