@@ -567,7 +567,10 @@ class SupportsSamplerCapture(Protocol):
     """
 
     def capture_keys(self) -> list[Hashable]:
-        """List the keys that are worth capturing beforehand, the most frequent first."""
+        """List the keys that are worth capturing beforehand, the most frequent first.
+
+        May be asked before `allocate`.
+        """
 
     def capture_key(self, row_list: Sequence[int], /) -> Hashable | None:
         """Return the key of a step that draws for these rows; `None` if it cannot be captured."""
