@@ -186,21 +186,20 @@ def _choose_decode(
 
 def _choose_prefill(card: Card, head_dim: int, block_size: int, kv_itemsize: int) -> PrefillTuning:
     itemsize = max(kv_itemsize, 2)  # of the model, unless that is float32 over a cache of FP8
-    block_m = 128 if card.capability >= (9, 0) and itemsize == 2 else 64
     if itemsize == 4:  # products without matrix units keep their operands in registers
         return PrefillTuning(block_m=32, block_n=16, num_warps=4, num_stages=1, has_boxes=False)
     block_n = max(16, min(64, STAGE_BYTES // (head_dim * itemsize)))
-    queries = block_m * head_dim * itemsize
-    num_stages = 3
-    while (
-        num_stages > 1
-        and queries + num_stages * 2 * block_n * head_dim * kv_itemsize > card.shared_bytes
-    ):
-        num_stages -= 1
+    stage_bytes = 2 * block_n * head_dim * kv_itemsize
+
+    def count_stages(block_m: int) -> int:
+        return (card.shared_bytes - block_m * head_dim * itemsize) // stage_bytes
+
+    # Hopper multiplies 64 rows at a time, by four warps.
+    block_m = 128 if card.capability >= (9, 0) and count_stages(128) >= 1 else 64
     return PrefillTuning(
         block_m=block_m,
         block_n=block_n,
         num_warps=8 if block_m == 128 else 4,
-        num_stages=num_stages,
+        num_stages=max(1, min(3, count_stages(block_m))),
         has_boxes=card.has_boxes and block_n <= block_size and kv_itemsize == 2,
     )
