@@ -24,6 +24,7 @@ FUNCTOR: Final = re.compile(
 GENERIC: Final = re.compile(r"elementwise|reduce_kernel|index|scatter|gather|Catarray", re.IGNORECASE)
 """Kernels whose name does not say what they do."""
 COPIES: Final = ("Memcpy", "Memset")
+NAMELESS: Final = "(anonymous namespace)::"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def busy_time(totals: Sequence[KernelTotal]) -> float:
 
 def short_name(name: str) -> str:
     """Cut a kernel's name down to what tells it from others."""
-    plain = name.removeprefix("void ").strip()
+    plain = name.removeprefix("void ").replace(NAMELESS, "").strip()
     if plain.startswith(COPIES):
         return plain
     base, _, rest = plain.partition("<")

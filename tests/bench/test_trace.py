@@ -58,6 +58,13 @@ ARGMAX = (
 )
 
 
+CAT = (
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::(anonymous namespace)::"
+    "OpaqueType<8u>, unsigned int, 1, 64, 64>(at::native::(anonymous namespace)::OpaqueType<8u>*)"
+)
+NAMELESS = "(anonymous namespace)::softmax_warp_forward(float*, int)"
+
+
 @pytest.mark.parametrize(
     ("name", "short"),
     [
@@ -65,6 +72,8 @@ ARGMAX = (
         ("nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT", "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT"),
         (FILL, "vectorized_elementwise_kernel<FillFunctor>"),
         (ARGMAX, "reduce_kernel<ArgMaxOps>"),
+        (CAT, "CatArrayBatchedCopy"),
+        (NAMELESS, "softmax_warp_forward"),
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16>(cublasGemvParams)", "gemv2T_kernel_val"),
         ("Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH (Device -> Pinned)"),
         ("(anonymous)", "(anonymous)"),
