@@ -90,7 +90,7 @@ class Engine:
         self.assembly: Assembly
         self.journal: Journal
         self.sampling_defaults: dict[str, Any]
-        self._link_thread: threading.Thread
+        self._link_thread: threading.Thread | None = None
         self.last_message_time = time.monotonic()
         """When the engine last gave a sign of life."""
         self._link = link
@@ -122,6 +122,8 @@ class Engine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._link_thread is None:  # it could not be started: nothing else was
+            return
         self._link.send(Stop())
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
@@ -132,14 +134,15 @@ class Engine:
 
     async def _start(self) -> None:
         # A task without a task group: one would have to be left in the order in which it was entered.
-        self._link_thread = threading.Thread(
+        thread = threading.Thread(
             target=from_thread.run,
             args=(self._run_link,),
             kwargs={"token": current_token()},
             name="engine-link",
             daemon=True,
         )
-        self._link_thread.start()
+        thread.start()
+        self._link_thread = thread
         defaults = DEFAULT_PLUGINS if self._active is None else self._active.defaults
         config = self.config.to_dict(secrets=ENGINE_SECRETS)
         self._link.start(Start(config, self.config.origins, list(defaults)))

@@ -146,6 +146,13 @@ class StepGraphs:
         """
         runs: list[Callable[[], None]] = list(others)
         runs += [partial(self._try, shape) for shape in telling_shapes(self._shapes)]
+        # What an interrupted compilation leaves set is forgotten with the context.
+        copy_context().run(self._run_all, runs)
+        torch.cuda.synchronize(self._device)
+        # Each thread had its own handle of cuBLAS, whose workspaces nobody needs any more.
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public name for it
+
+    def _run_all(self, runs: Sequence[Callable[[], None]]) -> None:
         with (
             ThreadPoolExecutor(NUM_COMPILERS) as compilers,
             compiling_once(compilers),
@@ -155,9 +162,6 @@ class StepGraphs:
             tasks = [partial(copy_context().run, self._run_on_device, run) for run in runs]
             for running in [runners.submit(task) for task in tasks]:
                 running.result()
-        torch.cuda.synchronize(self._device)
-        # Each thread had its own handle of cuBLAS, whose workspaces nobody needs any more.
-        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public name for it
 
     def _run_on_device(self, run: Callable[[], None]) -> None:
         with torch.cuda.device(self._device):  # each thread has a current one of its own
@@ -246,6 +250,7 @@ def compiling_once(compilers: Executor) -> Iterator[None]:
     """Have the kernels of Triton compiled by others, each once, however many threads ask for it.
 
     By itself, every thread that finds no kernel compiles it, though others may be at it already.
+    Enter it in a context of its own: if it is left by an error, what it has set there stays.
     """
     try:
         from triton import AsyncCompileMode  # noqa: PLC0415  not where there is no GPU
@@ -255,7 +260,7 @@ def compiling_once(compilers: Executor) -> Iterator[None]:
 
     class CompilingOnce(AsyncCompileMode):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(compilers, ignore_errors=True)  # who waits for a kernel is told
+            super().__init__(compilers)
             self._lock = Lock()
 
         def submit(self, *arguments: Any) -> Any:

@@ -239,14 +239,14 @@ class EngineProcess:
 
     def start(self, start: Start) -> None:
         """Start the child, which begins to load at once."""
-        fd = self._child_sock.fileno()
-        self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [sys.executable, "-m", "core.process", str(fd)],
-            pass_fds=(fd,),
-            stdin=subprocess.DEVNULL,
-            env={**QUIET_TORCH, **os.environ},
-        )
-        self._child_sock.close()
+        with self._child_sock:  # closed here even if there is no child, or `run` would wait for one
+            fd = self._child_sock.fileno()
+            self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                [sys.executable, "-m", "core.process", str(fd)],
+                pass_fds=(fd,),
+                stdin=subprocess.DEVNULL,
+                env={**QUIET_TORCH, **os.environ},
+            )
         self.send(start)
 
     def attach(self, _assembly: Assembly, types: Sequence[str]) -> None:

@@ -224,21 +224,33 @@ def test_shapes_that_need_every_kernel_are_few_and_prompts_come_last():
     assert prompts == [StepShape(tokens, 8, 8) for tokens in (64, 128, 256, 512, 1024)]
 
 
-def test_compiling_runs_each_telling_shape_and_what_else_is_wanted(monkeypatch):
+SHAPES = in_order_of_need(decode_shapes(16), prompt_shapes(16, 256))
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """Make graphs that can do all but capture."""
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-    shapes = in_order_of_need(decode_shapes(16), prompt_shapes(16, 256))
+
+    def make(run):
+        return StepGraphs(SHAPES, CPU, keys=[], run=run, score=lambda stream: stream, draw=None)
+
+    return make
+
+
+def test_compiling_runs_each_telling_shape_and_what_else_is_wanted(graphs_on_cpu):
     ran, others = [], []
 
     def run(inputs):
         ran.append(inputs.shape)
         return torch.zeros(1)
 
-    graphs = StepGraphs(shapes, CPU, keys=[], run=run, score=lambda stream: stream, draw=None)
+    graphs = graphs_on_cpu(run)
     graphs.compile(lambda: others.append(1))
-    assert sorted(ran) == sorted(telling_shapes(shapes))
+    assert sorted(ran) == sorted(telling_shapes(SHAPES))
     assert others == [1]
     assert graphs.num_captured == 0
 
@@ -269,15 +281,25 @@ def test_threads_that_want_the_same_kernel_have_it_compiled_once():
     assert kernels[1] is kernels[2]
 
 
-def test_a_kernel_that_cannot_be_compiled_fails_where_it_is_wanted_and_leaves_nothing_behind():
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_a_kernel_that_cannot_be_compiled_is_an_error_and_leaves_nothing_behind(
+    graphs_on_cpu, is_awaited
+):
     def fail():
         raise ValueError
 
+    def run(_):
+        mode = triton.runtime._async_compile.active_mode.get()
+        kernel = mode.submit("key", fail, lambda _: None)
+        if is_awaited:
+            kernel.result()
+        return torch.zeros(1)
+
+    graphs = graphs_on_cpu(run)
     for _ in range(2):
-        with ThreadPoolExecutor(1) as compilers, compiling_once(compilers):
-            mode = triton.runtime._async_compile.active_mode.get()
-            with pytest.raises(ValueError):
-                mode.submit("key", fail, lambda _: None).result()
+        with pytest.raises(ValueError):
+            graphs.compile()
+    assert triton.runtime._async_compile.active_mode.get() is None
 
 
 @given(st.integers(1, 64), st.integers(0, 80), st.integers(0, 64))

@@ -70,7 +70,7 @@ def _make_config(model_type: str, raw: dict[str, Any], name: str, revision: str 
     if model_type == "llama":
         from core.model.llama_config import LlamaConfig  # noqa: PLC0415  see load_hf_config
 
-        return LlamaConfig.from_dict(raw)
+        return LlamaConfig.from_dict(raw, name_or_path=name)
     from transformers import CONFIG_MAPPING, AutoConfig  # noqa: PLC0415  even slower
 
     if model_type in CONFIG_MAPPING:

@@ -24,13 +24,17 @@ class LlamaConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
+    use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    pretraining_tp: int | None = 1
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
     head_dim: int | None = None
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from core.interfaces import Sampler, missing_members
+from core.interfaces import Sampler, SupportsSamplerCapture, missing_members
 from core.request import SamplingParams
 from core.sampling import Sampled, SampleRows
 from core.step import BAD_LOGITS
@@ -184,6 +184,12 @@ class SamplerConformance:
         """The executor calls what the Protocol names, as the Protocol says."""
         problems = missing_members(self.make_sampler(), Sampler)
         assert not problems, "; ".join(problems)
+
+    def test_keys_of_captures_need_no_state(self) -> None:
+        """They are asked for before `allocate`."""
+        sampler = self.make_sampler()
+        if isinstance(sampler, SupportsSamplerCapture):
+            assert len(set(sampler.capture_keys())) == len(sampler.capture_keys())
 
     def test_tokens_are_those_that_may_be_drawn(self) -> None:
         """Greedy rows take a likeliest token, others one that is left; penalties count what was drawn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ import pytest
 from anyio import from_thread
 
 from core import LLM, Engine, SamplingParams
+from core.assemble import start_plugins
+from core.config import load_config
 from core.errors import EngineDeadError, InvalidRequestError, PluginNotFoundError
 from core.outputs import OutputKind
+from core.process import EngineProcess
 from core.testing.checkpoints import make_checkpoint
 from core.testing.tokenizers import make_tokenizer
 
@@ -170,5 +174,36 @@ async def test_no_thread_outlives_the_engine(path: Path, monkeypatch: pytest.Mon
     assert not [t.name for t in threading.enumerate() if t.name.startswith("engine")]
     with pytest.raises(PluginNotFoundError):
         async with Engine(str(path), **SETTINGS, quantization="nonsense"):
+            pass
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("engine")]
+
+
+async def test_an_engine_whose_thread_cannot_be_started(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "engine-link":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        async with Engine(str(path), **SETTINGS):
+            pass
+
+
+async def test_an_engine_whose_process_cannot_be_started(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    config = load_config({"model": str(path), **SETTINGS})
+    engine = Engine.over(config, EngineProcess(), start_plugins(config))
+    with pytest.raises(OSError, match="no more processes"):
+        async with engine:
             pass
     assert not [t.name for t in threading.enumerate() if t.name.startswith("engine")]
