@@ -131,10 +131,10 @@ class StepGraphs:
         The library has kernels of its own for nearly every number of rows, and loads each when it is
         first needed, for which it waits until the device is idle.
         """
-        sizes = [known.num_draws for known in self._shapes if known.num_draws >= shape.num_draws]
-        if not sizes or not shape.num_draws or shape.is_decode:
+        if shape.is_decode or not shape.num_draws:
             return shape
-        padded = shape._replace(num_draws=min(sizes))
+        sizes = (known.num_draws for known in self._shapes if known.num_draws >= shape.num_draws)
+        padded = shape._replace(num_draws=min(sizes, default=shape.num_draws))
         return shape if padded.is_decode else padded
 
     def compile(self, *others: Callable[[], None]) -> None:

@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hopper_compiler import boxes, compile_for_hopper, disassemble, matrices_in_flight
 from hypothesis import settings
 from hypothesis import strategies as st
+from kernel_compiler import (
+    compiling_for,
+    disassemble,
+    matrices_in_flight,
+    most_shared_bytes,
+    names_of,
+)
 from triton_interpreter import run_interpreted
 
-from core.interfaces import KVCacheSpec
+from core.interfaces import AttentionSpec, KVCacheSpec
 from core.registry import Requirements
-from core.testing.attention import AttentionConformance
+from core.testing.attention import AttentionConformance, make_batch
 from plugins.attention import triton as plugin
-from plugins.attention.triton import backend, decode_hopper, hopper, prefill_hopper
+from plugins.attention.triton import backend
 from plugins.attention.triton.tuning import RESERVED_BYTES, Card, choose_tuning, tune_ring
 
 (ENTRY,) = plugin.core_register_attention()
@@ -94,7 +100,9 @@ def test_registering_imports_neither_torch_nor_triton():
 
 H200 = Card(num_sms=132, capability=(9, 0), shared_bytes=227 << 10)
 A100 = Card(num_sms=108, capability=(8, 0), shared_bytes=163 << 10)
+RTX_3090 = Card(num_sms=82, capability=(8, 6), shared_bytes=99 << 10)
 ADA = Card(num_sms=128, capability=(8, 9), shared_bytes=99 << 10)
+B200 = Card(num_sms=148, capability=(10, 0), shared_bytes=227 << 10)
 RTX_5090 = Card(num_sms=170, capability=(12, 0), shared_bytes=99 << 10)
 
 
@@ -139,29 +147,66 @@ def test_cards_lack_what_is_newer_than_they():
     assert not replace(A100, capability=(8, 6)).has_fp8
 
 
+# --- kernels for cards that are not here -----------------------------------------------------------
+
+FEW_DECODES = ([30], [1])
+MORE_DECODES = ([30] * 20, [1] * 20)
+PROMPT = ([0], [40])
+MIXED = ([5, 0], [1, 40])
+
+
+def compile_steps(
+    card, *steps, dtype=torch.bfloat16, cache_dtype=None, block_size=64, heads=(8, 2), dim=128, **layer
+):
+    """Compile all kernels of some steps for a card."""
+    num_heads, num_kv_heads = heads
+    cache = KVCacheSpec(1, 10, block_size, num_kv_heads, dim, cache_dtype or dtype, torch.device("cpu"))
+    cos = torch.zeros(64, dim // 2, dtype=dtype)
+    spec = AttentionSpec(0, num_heads, num_kv_heads, dim, dim**-0.5, **layer)
+    with pytest.MonkeyPatch.context() as patched, compiling_for(card.capability) as compiled:
+        patched.setattr(backend, "describe_card", lambda _: card)
+        attention = backend.TritonAttention()
+        attention.allocate_cache(cache)
+        if cache_dtype is not None:
+            attention.set_kv_scales(torch.ones(1, num_kv_heads), torch.ones(1, num_kv_heads))
+        for starts, counts in steps:
+            tables = [[1, 2, 3]] * len(starts)
+            batch = make_batch(starts, counts, tables, block_size, device="cpu")
+            qkv = torch.zeros(batch.num_tokens, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
+            attention.forward_rotary(qkv, cos, cos, spec, attention.prepare(batch))
+    return compiled
+
+
+PLAIN = {}
+FP8 = {"cache_dtype": torch.float8_e4m3fn}
+WIDE = {"dtype": torch.float16, "dim": 256, "block_size": 16, "window": 24, "softcap": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("card", "options"),
+    [
+        (A100, PLAIN),
+        (RTX_3090, FP8),
+        (ADA, FP8),
+        (ADA, WIDE),
+        (B200, PLAIN),
+        (RTX_5090, FP8),
+        (RTX_5090, WIDE),
+    ],
+    ids=["A100", "3090, FP8", "Ada, FP8", "Ada, wide", "B200", "5090, FP8", "5090, wide"],
+)
+def test_kernels_for_other_cards_fit(card, options):
+    compiled = compile_steps(card, FEW_DECODES, MORE_DECODES, MIXED, **options)
+    assert names_of(compiled) == {"decode", "prefill", "write", "plan_decodes", "plan_prompts"}
+    assert most_shared_bytes(compiled) <= card.shared_bytes
+
+
 @pytest.fixture(scope="module", params=[4, 16])
 def decode_for_hopper(request):
     """Compile it for as many query heads of a key-value head."""
-    ring, dim, block_size = tune_ring(H200, 128), 128, 64
-    pages = decode_hopper.make_boxes(torch.empty(1, 1, block_size, dim, dtype=torch.bfloat16))
-    arguments = dict.fromkeys(("q", "out", "k_cache", "v_cache", "cos", "sin"), "*bf16")
-    arguments |= dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
-    arguments |= dict.fromkeys(("q_stride", "table_stride", "num_rows", "window", "is_early"), "i32")
-    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes(pages.block_shape, pages.layout))
-    arguments |= {"slots": "*i64", "parts": "*fp32", "stats": "*fp32", "scale": "fp32"}
-    constants = {
-        "G": 8,
-        "GROUP": request.param,
-        "D": dim,
-        "BLOCK_SIZE": block_size,
-        "NUM_CTAS": ring.num_ctas,
-        "MIN_TILES": ring.min_tiles,
-        "NUM_STAGES": hopper.num_stages(ring, request.param),
-        "IS_FUSED": True,
-    }
-    return compile_for_hopper(
-        decode_hopper.decode_hopper, arguments, constants, maxnreg=hopper.DECODE_REGISTERS
-    )
+    compiled = compile_steps(H200, MORE_DECODES, heads=(8 * request.param, 8))
+    (kernel,) = (kernel for kernel in compiled if kernel.metadata.name == "decode_hopper")
+    return kernel
 
 
 def test_two_decodes_for_hopper_fit_on_a_multiprocessor(decode_for_hopper):
@@ -187,22 +232,9 @@ def test_loads_in_flight_are_counted():
 
 
 def test_prompts_for_hopper_fit_on_a_multiprocessor():
-    group, dim, width = 4, 128, prefill_hopper.BOX.value
-    arguments = dict.fromkeys(("plan", "query_starts", "seq_lens", "tables", "counters"), "*i32")
-    arguments |= dict.fromkeys(("table_stride", "num_rows", "is_early"), "i32")
-    arguments |= {"out": "*bf16", "scale": "fp32"}
-    arguments |= dict.fromkeys(("k_boxes", "v_boxes"), boxes([1, width, width], prefill_hopper.BOXES))
-    rows = prefill_hopper.ROWS.value
-    arguments["q_boxes"] = boxes([rows // group, group, width], prefill_hopper.BOXES)
-    constants = {
-        "G": 8,
-        "GROUP": group,
-        "GROUP_PADDED": group,
-        "D": dim,
-        "BLOCK_SIZE": 64,
-    }
-    compiled = compile_for_hopper(prefill_hopper.prefill_hopper, arguments, constants)
-    assert compiled.metadata.shared <= H200.shared_bytes
+    compiled = compile_steps(H200, PROMPT, heads=(32, 8))
+    assert "prefill_hopper" in names_of(compiled)
+    assert most_shared_bytes(compiled) <= H200.shared_bytes
 
 
 def test_old_pages_are_gone_before_new_ones_are_allocated(monkeypatch):

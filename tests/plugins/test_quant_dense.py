@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton_interpreter
-from hopper_compiler import boxes, compile_for_hopper
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kernel_compiler import compiling_for, most_shared_bytes, names_of
 
 from core.cli import main
 from core.errors import CapacityError, ConfigError
@@ -24,10 +25,11 @@ from core.testing.lone_linear import TINY_MODEL
 from core.testing.quantizer import QuantizerConformance
 from plugins.quant import dense as plugin
 from plugins.quant.dense import gate_hopper as gate
+from plugins.quant.dense import linear
 from plugins.quant.dense.candidates import candidates, overlaps, slots_of_head, slots_of_layer
 from plugins.quant.dense.command import Budget, Report, merge_entries, show, tune_chain
 from plugins.quant.dense.command import _make_console as make_console
-from plugins.quant.dense.linear import NUM_ARRIVALS, NUM_PARTIALS, DenseLinear, fit
+from plugins.quant.dense.linear import NUM_ARRIVALS, NUM_PARTIALS, DenseLinear, fit, workspace_on
 from plugins.quant.dense.operation import FUSED_GATES, KernelConfig, Operation, partial_sizes
 from plugins.quant.dense.search import MIN_GAIN, search
 from plugins.quant.dense.table import (
@@ -699,16 +701,39 @@ def test_a_schedule_has_a_program_for_each_range_and_no_more_than_fit(num_tokens
         assert not schedule.is_shared or schedule.num_programs % num_blocks == 0
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_the_gate_for_hopper_fits_on_a_multiprocessor(is_shared):
-    arguments = {
-        "x_boxes": boxes([gate.ROWS.value, gate.BLOCK_K.value], gate.BOXES),
-        "w_boxes": boxes([gate.COLUMNS.value, gate.BLOCK_K.value], gate.BOXES),
-        "out_boxes": boxes([gate.ROWS.value, gate.COLUMNS.value], gate.BOXES),
-        "partials": "*fp32",
-        "arrivals": "*i32",
-        "num_tokens": "i32",
-    }
-    constants = {"N": 14336, "K": 4096, "ACTIVATION": "silu", "IS_SHARED": is_shared, "OVERLAP": True}
-    compiled = compile_for_hopper(gate.gate_hopper, arguments, constants)
-    assert compiled.metadata.shared <= 227 << 10
+def test_the_gates_for_hopper_fit_on_a_multiprocessor():
+    cpu = torch.device("cpu")
+    layer = SimpleNamespace(weight=torch.empty(28672, 4096, dtype=torch.bfloat16, device=cpu))
+    with compiling_for(H200.capability) as compiled:
+        gate.Gate(layer, "silu", workspace_on(cpu), 132, overlap=True)
+    assert [kernel.metadata.name for kernel in compiled] == ["gate_hopper"] * 2  # whole and shared
+    assert most_shared_bytes(compiled) <= 227 << 10
+
+
+@pytest.mark.parametrize(
+    ("card", "shared_bytes"),
+    [
+        (A100, 163 << 10),
+        (Card("NVIDIA GeForce RTX 3090", (8, 6)), 99 << 10),
+        (Card("NVIDIA GeForce RTX 4090", (8, 9)), 99 << 10),
+        (H100, 227 << 10),
+        (Card("NVIDIA B200", (10, 0)), 227 << 10),
+        (Card("NVIDIA GeForce RTX 5090", (12, 0)), 99 << 10),
+    ],
+    ids=str,
+)
+def test_kernels_for_other_cards_fit(card, shared_bytes, monkeypatch):
+    monkeypatch.setattr(linear, "card_of", lambda _: card)
+    norm = torch.ones(512, dtype=torch.bfloat16)
+    with compiling_for(card.capability) as compiled:
+        for num_outputs in (768, 2048):
+            shards = (("up", num_outputs),)
+            spec = LinearSpec("up", 512, shards, False, torch.bfloat16, torch.device("cpu"), "up")
+            layer = DenseLinear(spec, "plain", "silu")
+            for num_tokens in (1, 2, 4, 8, 64):
+                x = torch.zeros(num_tokens, 512, dtype=torch.bfloat16)
+                layer.forward_norm(x, norm, 1e-5)
+                layer.forward_gate(x, norm, 1e-5)
+                layer.forward_residual(x, torch.zeros(num_tokens, num_outputs, dtype=torch.bfloat16))
+    assert {"vector_kernel", "norm_kernel"} <= names_of(compiled)
+    assert most_shared_bytes(compiled) <= shared_bytes
